@@ -1,0 +1,1 @@
+"""mdproof: what a Markdown page shows is what ran."""

@@ -1,0 +1,63 @@
+"""Read `mkdocs.yml` without a builder: the folders and the list of Markdown extensions."""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the tags that MkDocs and Zensical understand."""
+
+
+def _python_name(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
+    module, _, name = suffix.rpartition(".")
+    value = importlib.import_module(module)
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _python_call(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
+    arguments = loader.construct_mapping(node, deep=True) if isinstance(node, yaml.MappingNode) else {}
+    return _python_name(loader, suffix, node)(**arguments.get("kwds", {}))
+
+
+def _env(loader: _Loader, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        *names, default = [loader.construct_object(item, deep=True) for item in node.value]
+        return next((os.environ[name] for name in names if name in os.environ), default)
+    return os.environ.get(loader.construct_scalar(node))  # type: ignore[arg-type]
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", _python_name)
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:", _python_call)
+_Loader.add_constructor("!ENV", _env)
+_Loader.add_constructor("!relative", lambda loader, node: "")
+
+
+def read_mkdocs(root: Path) -> dict[str, Any]:
+    """Return `mkdocs.yml` as a dictionary, `INHERIT` followed."""
+    return _read(root / "mkdocs.yml")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    config = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
+    parent = config.pop("INHERIT", None)
+    return {**_read(file.parent / parent), **config} if parent else config
+
+
+def markdown_extensions(config: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Return the names and the options of the Markdown extensions, as MkDocs would load them."""
+    names = ["toc", "tables", "fenced_code"]
+    options: dict[str, dict[str, Any]] = {}
+    for entry in config.get("markdown_extensions") or []:
+        pairs = entry.items() if isinstance(entry, dict) else [(entry, None)]
+        for name, value in pairs:
+            if name not in names:
+                names.append(name)
+            if value:
+                options[name] = value
+    return names, options

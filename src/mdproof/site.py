@@ -1,0 +1,143 @@
+"""Where things are: the root, the pages, the proofs, the sources, read from two files.
+
+`mkdocs.yml` says where the pages are and how they are rendered; `[tool.mdproof]` in `pyproject.toml`
+says what the engine needs beyond that. Nothing here imports a builder.
+"""
+
+import functools
+import posixpath
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markdown import Markdown
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site: its folders and the settings of `[tool.mdproof]`.
+
+    Attributes:
+        root: The folder of `mkdocs.yml`.
+        docs: The folder of the pages.
+        source: Roots of the repository's own Python sources.
+        packages: Names of the repository's own packages; what they import is part of a proof.
+        lock: The lock file whose versions enter a proof's key, or None.
+        preload: Libraries imported once, before a process is forked for each page.
+        articles: Folders of `docs` whose pages must have the `front_matter` fields.
+        front_matter: The required fields.
+        language: Language of the words that the engine prints on a page.
+        header: Template of the first comment of a runnable copy.
+    """
+
+    root: Path
+    docs: Path
+    source: tuple[Path, ...] = ()
+    packages: tuple[str, ...] = ()
+    lock: Path | None = None
+    preload: tuple[str, ...] = ()
+    articles: tuple[str, ...] = ()
+    front_matter: tuple[str, ...] = ()
+    language: str = "en"
+    header: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def proofs(self) -> Path:
+        """The folder of recorded results."""
+        return self.docs / "proofs"
+
+    def pages(self) -> list[str]:
+        """Return every page, as paths below `docs`, sorted."""
+        return sorted(
+            path.relative_to(self.docs).as_posix()
+            for path in self.docs.rglob("*.md")
+            if not path.is_relative_to(self.proofs)
+        )
+
+    def is_article(self, page: str) -> bool:
+        """Tell whether a page is an article, which needs front matter; a folder's index is not."""
+        folder, _, name = page.rpartition("/")
+        return folder in self.articles and name != "index.md" and not name.startswith("index.")
+
+
+def find_root(start: Path | None = None) -> Path:
+    """Return the nearest folder at or above `start` that holds `mkdocs.yml`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "mkdocs.yml").is_file():
+            return folder
+    raise FileNotFoundError(f"no mkdocs.yml in {start} or above it: run mdproof inside a site")
+
+
+@functools.cache
+def _load_site(root: Path) -> Site:
+    from mdproof.config import read_mkdocs  # late: it reads YAML
+
+    mkdocs = read_mkdocs(root)
+    file = root / "pyproject.toml"
+    project = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = project.get("tool", {}).get("mdproof", {})
+    lock = settings.get("lock")
+    theme = mkdocs.get("theme") or {}
+    return Site(
+        root=root,
+        docs=root / mkdocs.get("docs_dir", "docs"),
+        source=tuple(root / folder for folder in settings.get("source", ())),
+        packages=tuple(settings.get("packages", ())),
+        lock=root / lock if lock else None,
+        preload=tuple(settings.get("preload", ())),
+        articles=tuple(settings.get("articles", ())),
+        front_matter=tuple(settings.get("front_matter", ())),
+        language=theme.get("language", "en") if isinstance(theme, Mapping) else "en",
+        header=settings.get("header", ""),
+        settings={**settings, "mkdocs": mkdocs, "project": project.get("project", {})},
+    )
+
+
+def load_site(start: Path | None = None) -> Site:
+    """Read the site that `start` (default: the working directory) belongs to."""
+    return _load_site(find_root(start))
+
+
+def page_of(md: Markdown) -> str | None:
+    """Return the page that `md` is rendering, as a path below `docs`, or None outside a builder."""
+    given = getattr(md, "mdproof_page", None)  # our own collector
+    if given is not None:
+        return given
+    if "relpath" in md.treeprocessors:  # MkDocs
+        return md.treeprocessors["relpath"].file.src_uri  # type: ignore[attr-defined]
+    if "rendering_context" in md.preprocessors:  # Zensical
+        return md.preprocessors["rendering_context"].page.path  # type: ignore[attr-defined]
+    return None
+
+
+def is_collecting(md: Markdown) -> bool:
+    """Tell whether the engine runs the pipeline only to see which fences a page has."""
+    return bool(getattr(md, "mdproof_collecting", False))
+
+
+def link(md: Markdown, target: str) -> str:
+    """Return a file below `docs` as a link for raw HTML on the page that `md` is rendering.
+
+    MkDocs leaves raw HTML alone, so the link is relative to the page's address; Zensical rewrites
+    raw HTML, so it is relative to the source file.
+    """
+    path, _, anchor = target.partition("#")
+    anchor = f"#{anchor}" if anchor else ""
+    if "relpath" in md.treeprocessors:
+        here = md.treeprocessors["relpath"].file.url  # type: ignore[attr-defined]
+        folder = here if here.endswith("/") else posixpath.dirname(here)
+        if path.endswith(".md"):
+            path = path.removesuffix(".md").removesuffix("index")
+            path = path if path.endswith("/") or not path else path + "/"
+        relative = posixpath.relpath(path or ".", folder or ".")
+        return relative + ("/" if path.endswith("/") or not path else "") + anchor
+    page = page_of(md) or ""
+    return posixpath.relpath(path, posixpath.dirname(page) or ".") + anchor

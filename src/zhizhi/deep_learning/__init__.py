@@ -1,0 +1,1 @@
+"""Deep learning: the implementations its articles explain."""

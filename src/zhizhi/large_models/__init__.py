@@ -1,0 +1,1 @@
+"""Large models: the implementations its articles explain."""

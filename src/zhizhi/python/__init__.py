@@ -1,0 +1,1 @@
+"""Python tooling: the implementations its articles explain."""
