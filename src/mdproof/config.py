@@ -21,7 +21,9 @@ def _python_name(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
 
 
 def _python_call(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
-    arguments = loader.construct_mapping(node, deep=True) if isinstance(node, yaml.MappingNode) else {}
+    arguments = (
+        loader.construct_mapping(node, deep=True) if isinstance(node, yaml.MappingNode) else {}
+    )
     return _python_name(loader, suffix, node)(**arguments.get("kwds", {}))
 
 

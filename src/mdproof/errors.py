@@ -11,6 +11,16 @@ class PageError(Exception):
         self.file, self.line, self.message = file, line, message
 
 
+def _keep(self: PageError, error: PageError) -> None:
+    Exception.__init__(self, str(error))
+    self.file, self.line = error.file, error.line
+    self.message = str(error)  # click, under MkDocs, prints this one
+
+
+def _whole(self: PageError) -> str:
+    return self.message
+
+
 def build_error(error: PageError) -> Exception:
     """Return the same error in the form that stops the running builder with one line.
 
@@ -26,5 +36,5 @@ def build_error(error: PageError) -> Exception:
         bases.append(mkdocs.BuildError)
     if len(bases) == 1:
         return error
-    kind = type("PageError", tuple(bases), {"__init__": Exception.__init__})
-    return kind(str(error))
+    kind = type("PageError", tuple(bases), {"__init__": _keep, "__str__": _whole})
+    return kind(error)

@@ -1,0 +1,7 @@
+"""`python -m mdproof`."""
+
+import sys
+
+from mdproof.cli import main
+
+sys.exit(main())

@@ -1,0 +1,91 @@
+"""The command line: `mdproof status` and `mdproof prove`."""
+
+import argparse
+import sys
+import time
+
+from mdproof.collect import collect, make_pipeline, shown
+from mdproof.errors import PageError
+from mdproof.proof import ForgedError, load_proof, staleness
+from mdproof.prove import Servers, open_page, update_page
+from mdproof.site import Site, load_site
+
+
+def status(site: Site) -> int:
+    """Print a table of pages and tell by the exit code whether all is fresh."""
+    md = make_pipeline(site)
+    bad = total = excused = 0
+    for page in site.pages():
+        try:
+            blocks = collect(site, page, md).blocks
+            if not blocks:
+                continue
+            proof = load_proof(site, page)
+        except (PageError, ForgedError) as error:
+            print(error)
+            bad += 1
+            continue
+        stale = sum(bool(reason) for reason in staleness(site, blocks, proof))
+        seconds = sum(record["seconds"] for record in proof.blocks) if proof else 0.0
+        state = f"{stale} stale" if stale else "fresh"
+        print(f"{page:<44} {len(blocks):>3} blocks  {state:<9} {seconds:7.1f} s")
+        bad += bool(stale)
+        total += len(blocks)
+        excused += sum(bool(block.options.norun) for block in blocks)
+    print(f"{total} blocks, {excused} excused; {bad} pages need `mdproof prove`")
+    return 1 if bad else 0
+
+
+def prove(site: Site, pages: list[str], *, everything: bool) -> int:
+    """Prove pages that are stale, or all, and record what was seen."""
+    md, servers, failed = make_pipeline(site), Servers(site), 0
+    try:
+        for page in pages or site.pages():
+            started = time.monotonic()
+            try:
+                collected = collect(site, page, md)
+                if not collected.blocks:
+                    continue
+                run = open_page(site, page, servers, collected)
+                if not everything and not any(run.stale) and run.proof is not None:
+                    print(f"{page}: fresh", flush=True)
+                    continue
+                print(f"{page}: {len(run.blocks)} blocks ...", end=" ", flush=True)
+                updated = update_page(run)
+            except (PageError, ForgedError) as error:
+                print(error)
+                failed += 1
+                continue
+            print(f"{time.monotonic() - started:.1f} s{'' if updated.failures else ', proven'}")
+            for failure in updated.failures.values():
+                print(f"{shown(site, page)}:{failure.line}: {failure.message}")
+                for frame in failure.frames[-3:]:
+                    print(f"  at {frame}")
+            failed += bool(updated.failures)
+    finally:
+        servers.close()
+    return 1 if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="mdproof", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("status", help="which pages are proven")
+    proving = commands.add_parser("prove", help="run what is stale and record it")
+    proving.add_argument("pages", nargs="*", help="pages below docs; default: all that are stale")
+    proving.add_argument("--all", action="store_true", help="also pages whose proof is fresh")
+    given = parser.parse_args(arguments)
+    try:
+        site = load_site()
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if given.command == "status":
+        return status(site)
+    pages = [page.removeprefix(f"{site.docs.name}/") for page in given.pages]
+    return prove(site, pages, everything=given.all or bool(pages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

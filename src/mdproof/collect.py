@@ -1,0 +1,150 @@
+"""Collect a page's blocks by the site's own Markdown pipeline, so that none can be missed."""
+
+import re
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from typing import Any
+
+from markdown import Markdown
+
+from mdproof.block import Block
+from mdproof.config import markdown_extensions
+from mdproof.errors import PageError
+from mdproof.site import Site
+
+_FENCE = re.compile(r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t>]*(`{3,}|~{3,})")
+
+
+@dataclass
+class Collected:
+    """What the pipeline found on one page.
+
+    Attributes:
+        page: Path below `docs`.
+        blocks: Fences that are run (or excused), in page order.
+        listings: Language and line of the fences that are only shown.
+    """
+
+    page: str
+    blocks: list[Block] = field(default_factory=list)
+    listings: list[tuple[str, int]] = field(default_factory=list)
+
+
+def read_page(site: Site, page: str) -> str:
+    """Return a page's text.
+
+    Raises:
+        PageError: If the file is not UTF-8, with the line of the first bad byte.
+    """
+    data = (site.docs / page).read_bytes()
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise PageError(shown(site, page), line, "the file is not UTF-8") from None
+
+
+def shown(site: Site, page: str) -> str:
+    """Return a page's path as error messages show it: from the site's root."""
+    return (site.docs / page).relative_to(site.root).as_posix()
+
+
+def split_front_matter(text: str) -> tuple[str, int]:
+    """Return a page's body and the number of lines of front matter above it."""
+    if not text.startswith("---\n"):
+        return text, 0
+    end = re.search(r"^(?:---|\.\.\.)[ \t]*$", text[4:], re.MULTILINE)
+    if end is None:
+        return text, 0
+    body = text[4 + end.end() :].removeprefix("\n")
+    return body, text.count("\n", 0, len(text) - len(body))
+
+
+class _Visible(HTMLParser):
+    """Gathers the text outside code, to see whether a fence was left lying there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 0
+        self.text: list[str] = []
+        self.blocks: list[int] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("pre", "code", "script", "style"):
+            self.depth += 1
+        number = dict(attrs).get("data-mdproof-block")
+        if number:
+            self.blocks.append(int(number))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("pre", "code", "script", "style"):
+            self.depth = max(0, self.depth - 1)
+
+    def handle_data(self, data: str) -> None:
+        if not self.depth:
+            self.text.append(data)
+
+
+def make_pipeline(site: Site) -> Markdown:
+    """Return the Markdown converter that `mkdocs.yml` describes."""
+    mkdocs: dict[str, Any] = site.settings["mkdocs"]
+    names, options = markdown_extensions(mkdocs)
+    md = Markdown(extensions=names, extension_configs=options)
+    md.mdproof_collecting = True  # type: ignore[attr-defined]
+    return md
+
+
+def collect(site: Site, page: str, md: Markdown | None = None) -> Collected:
+    """Return every fence of a page, as the site renders it.
+
+    Args:
+        site: The site.
+        page: Path below `docs`.
+        md: A pipeline to use again; it is reset.
+
+    Raises:
+        PageError: If a fence has options that make no sense, is lost in rendering, or has no
+            language; with file and line.
+    """
+    text = read_page(site, page)
+    body, _ = split_front_matter(text)
+    if "```" not in body and "~~~" not in body and "    " not in body:
+        return Collected(page)
+    md = md or make_pipeline(site)
+    md.reset()
+    md.mdproof_page = page  # type: ignore[attr-defined]
+    html = md.convert(body)
+    state = md.mdproof_state  # type: ignore[attr-defined]
+    visible = _Visible()
+    visible.feed(html)
+    file = shown(site, page)
+    rendered = set(visible.blocks)
+    for block in state.blocks:
+        if block.index not in rendered:
+            raise PageError(file, block.line, "this fence is shown as indented text, not as code")
+    if "```" in "".join(visible.text) or "~~~" in "".join(visible.text):
+        raise PageError(file, _lost(text), "this fence is not closed, or its options are malformed")
+    for language, line in state.listings:
+        if not language and site.settings.get("require_language", True):
+            raise PageError(
+                file, line, "a code block needs a language (use ```text for plain text)"
+            )
+    return Collected(page, list(state.blocks), list(state.listings))
+
+
+def _lost(text: str) -> int:
+    """Return the line of the first fence that opens and does not close, or does not parse."""
+    open_fence: tuple[str, int] | None = None
+    for number, line in enumerate(text.splitlines(), 1):
+        found = _FENCE.match(line)
+        if not found:
+            continue
+        if open_fence is None:
+            rest = line[found.end() :].strip()
+            unquoted = re.sub(r'=("[^"]*"|\'[^\']*\')', "", rest)
+            if "=" in unquoted or unquoted.count('"') % 2:
+                return number
+            open_fence = (found[1], number)
+        elif line.strip(" \t>").rstrip() == open_fence[0]:
+            open_fence = None
+    return open_fence[1] if open_fence else 1

@@ -1,0 +1,368 @@
+"""The Markdown extension `mdproof.markdown`: collects a page's fences and shows their proofs.
+
+It runs in every builder that runs Python-Markdown. It takes the fences in Python from
+`pymdownx.superfences`, which must be listed before it.
+"""
+
+import html
+import logging
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from markdown import Markdown
+from markdown.extensions import Extension
+from markdown.postprocessors import Postprocessor
+from markdown.preprocessors import Preprocessor
+
+from mdproof.article import read_article
+from mdproof.block import HIGHLIGHT, RUNNABLE, Block, read_options
+from mdproof.collect import read_page, shown
+from mdproof.copy import recorded_copy
+from mdproof.errors import PageError, build_error
+from mdproof.proof import (
+    ForgedError,
+    Proof,
+    block_key,
+    figure_folder,
+    load_proof,
+)
+from mdproof.reference import UnknownNameError, find_source, reference_target
+from mdproof.render import link_names, render_block
+from mdproof.site import Site, is_collecting, link, load_site, page_of
+from mdproof.words import words
+
+# A child of MkDocs' own logger: a warning here fails `mkdocs build --strict`.
+_log = logging.getLogger("mkdocs.plugins.mdproof")
+
+
+@dataclass
+class State:
+    """What is known of the page being converted."""
+
+    page: str | None = None
+    raw: list[str] = field(default_factory=list)
+    offset: int = 0
+    blocks: list[Block] = field(default_factory=list)
+    listings: list[tuple[str, int]] = field(default_factory=list)
+    proof: Proof | None = None
+    loaded: bool = False
+    cursor: int = 0
+    ended: bool = False
+    stale: list[tuple[int, str]] = field(default_factory=list)
+
+
+class _Page(Preprocessor):
+    """Learns which page is converted and where its lines stand in the file."""
+
+    def run(self, lines: list[str]) -> list[str]:
+        md: Any = self.md
+        state: State = md.mdproof_state
+        page = page_of(md)
+        if page is None:
+            return lines
+        site = load_site()
+        try:
+            text = read_page(site, page)
+            if site.is_article(page):
+                read_article(site, page)
+        except PageError as error:
+            raise build_error(error) from None
+        except FileNotFoundError:
+            return lines  # a page that a plugin generates has no blocks of ours
+        state.page = page
+        state.raw = text.split("\n")
+        ours = "\n".join(lines).rstrip("\n").count("\n")
+        state.offset = text.rstrip("\n").count("\n") - ours
+        return lines
+
+
+class _End(Postprocessor):
+    """Says what is stale, and that a page has as many blocks as its proof."""
+
+    def run(self, text: str) -> str:
+        md: Any = self.md
+        state: State = md.mdproof_state
+        if state.page is None or is_collecting(md) or state.ended:
+            return text
+        state.ended = True  # a table of contents runs postprocessors for every heading
+        site = load_site()
+        file = shown(site, state.page)
+        if state.proof is not None and len(state.proof.blocks) != len(state.blocks):
+            count = f"{len(state.blocks)} blocks, {len(state.proof.blocks)} in the proof"
+            state.stale.append((1, count))
+        for line, reason in state.stale:
+            message = f"{file}:{line}: stale proof ({reason}); run `pytest docs --update`"
+            if os.environ.get("MDPROOF_STRICT", "") not in ("", "0"):
+                raise build_error(PageError(file, line, message.split(": ", 1)[1]))
+            _log.warning(message)
+        return text
+
+
+class MdproofExtension(Extension):
+    """Runs nothing: it shows what was recorded when the page ran."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.config = {
+            "libraries": [["torch", "triton"], "Libraries whose versions the chip names"],
+        }
+        super().__init__(**kwargs)
+
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+        """Take over the fences in Python."""
+        fences: Any = next(
+            (
+                extension
+                for extension in md.registeredExtensions
+                if type(extension).__name__ == "SuperFencesCodeExtension"
+            ),
+            None,
+        )
+        if fences is None:
+            raise ValueError("mdproof.markdown: list pymdownx.superfences before it")
+        md.registerExtension(self)
+        self.md: Any = md
+        self.fences = fences
+        self.reset()
+        md.preprocessors.register(_Page(md), "mdproof_page", 1000)
+        md.postprocessors.register(_End(md), "mdproof_end", -1000)
+        for language in RUNNABLE:
+            self.fences.extend_super_fences(language, self.format, self.validate, None)
+        self._count_listings()
+        self._remember_lines()
+
+    def reset(self) -> None:
+        """Forget the last page."""
+        self.md.mdproof_state = State()
+
+    @property
+    def state(self) -> State:
+        """What is known of the page being converted."""
+        return self.md.mdproof_state
+
+    def _count_listings(self) -> None:
+        default = self.fences.superfences[0]
+        highlight = default["formatter"]
+
+        def listing(*, src: str, language: str, **kwargs: Any) -> str:
+            self.state.listings.append((language or "", self._line()))
+            return highlight(src=src, language=language, **kwargs)
+
+        default["formatter"] = listing
+        indented = self.md.parser.blockprocessors["code"]
+        run = indented.run
+
+        def run_indented(parent: Any, blocks: list[str]) -> Any:
+            before = len(list(parent.iter("code")))
+            result = run(parent, blocks)
+            if len(list(parent.iter("code"))) > before:
+                text = "".join(parent[-1].itertext()).strip().split("\n")[0]
+                self.state.listings.append(("", self._find(text)))
+            return result
+
+        indented.run = run_indented
+
+    def _remember_lines(self) -> None:
+        # superfences knows where a fence stands but does not tell its formatter.
+        fenced = self.md.preprocessors["fenced_code_block"]
+        process = fenced.process_nested_block
+
+        def process_nested_block(ws: str, content: str, start: int, end: int) -> None:
+            self.start, self.opening = start, fenced.first
+            process(ws, content, start, end)
+
+        fenced.process_nested_block = process_nested_block
+        self.start, self.opening = 0, ""
+
+    def _line(self) -> int:
+        """Return the line of the fence being formatted, in the file, from 1."""
+        state = self.state
+        position = self.start + state.offset
+        opening = self.opening.strip(" \t>")
+        expected = state.raw[position].strip() if 0 <= position < len(state.raw) else ""
+        if opening and opening not in expected:  # snippets above it moved it
+            ahead = range(state.cursor, len(state.raw))
+            position = next((n for n in ahead if opening in state.raw[n]), state.cursor)
+        state.cursor = position + 1
+        return position + 1
+
+    def _find(self, text: str) -> int:
+        lines = enumerate(self.state.raw, 1)
+        return next((number for number, line in lines if text and text in line), 1)
+
+    def validate(
+        self, language: str, inputs: dict[str, Any], options: dict[str, Any], attrs: Any, md: Any
+    ) -> bool:
+        """Keep our options away from the highlighter; they are read when the line is known."""
+        from pymdownx.superfences import highlight_validator
+
+        md.preprocessors["fenced_code_block"].get_hl_settings()
+        theirs = {key: value for key, value in inputs.items() if key in HIGHLIGHT}
+        highlight_validator(language, theirs, options, attrs, md)
+        options["mdproof"] = {key: v for key, v in inputs.items() if key not in HIGHLIGHT} | attrs
+        attrs.clear()
+        return True
+
+    def format(
+        self,
+        src: str = "",
+        language: str = "",
+        options: dict[str, Any] | None = None,
+        md: Any = None,
+        **kwargs: Any,
+    ) -> str:
+        """Return the HTML of a fence."""
+        options = dict(options or {})
+        ours = options.pop("mdproof", {})
+        classes, id_value = kwargs.get("classes") or [], kwargs.get("id_value") or ""
+
+        def highlighted(code: str, language: str) -> str:
+            return md.preprocessors["fenced_code_block"].highlight(
+                src=code,
+                language=language,
+                options=options,
+                md=md,
+                classes=classes,
+                id_value=id_value,
+                attrs={},
+            )
+
+        state = self.state
+        if state.page is None:  # a docstring, or text outside a builder
+            return highlighted(src, language)
+        site = load_site()
+        line = self._line()
+        try:
+            block = self._block(site, src, language, ours, line)
+            if is_collecting(md):
+                state.blocks.append(block)
+                return f'<div data-mdproof-block="{block.index}"><pre></pre></div>'
+            state.blocks.append(block)
+            return self._render(site, block, highlighted)
+        except PageError as error:
+            raise build_error(error) from None
+
+    def _block(self, site: Site, src: str, language: str, ours: dict[str, Any], line: int) -> Block:
+        state = self.state
+        assert state.page is not None
+        file = shown(site, state.page)
+        read = read_options(ours, file=file, line=line)
+        kind, code, seen = RUNNABLE[language], src, ""
+        if read.source:
+            if src.strip():
+                raise PageError(file, line, "a source fence is empty: the engine fills it")
+            try:
+                source = find_source(read.source, site)
+            except UnknownNameError as error:
+                raise PageError(file, line, f'source="{read.source}": {error}') from None
+            module = _module_of(read.source, source.kind)
+            name = read.source[len(module) + 1 :].partition(".")[0]
+            kind, code = "source", f"from {module} import {name}" if name else f"import {module}"
+            seen = _dedent(source.text)
+        elif not src.strip():
+            raise PageError(file, line, "this fence is empty")
+        return Block(state.page, len(state.blocks) + 1, line, kind, code, read, seen)
+
+    def _render(self, site: Site, block: Block, highlighted: Any) -> str:
+        state = self.state
+        page = block.page
+        file = shown(site, page)
+        if not state.loaded:
+            state.loaded = True
+            try:
+                state.proof = load_proof(site, page)
+            except ForgedError as error:
+                raise PageError(file, block.line, str(error)) from None
+        record, reason = self._record(site)
+        if reason:
+            state.stale.append((block.line, f"block {block.index} {reason}"))
+        language = words(site, page)
+        code, document = block.code, ""
+        if block.kind == "source":
+            code, document = self._source(site, block, language)
+        names = record["names"] if record is not None else {}
+
+        def target(dotted: str) -> str | None:
+            found = reference_target(dotted, site)
+            exists = found and (site.docs / found.partition("#")[0]).is_file()
+            return link(self.md, found) if found and exists else None
+
+        pretty = highlighted(code, "pycon" if block.kind == "doctest" else "python")
+        copy = recorded_copy(site, state.blocks, record) if record and not reason else None
+        if copy is not None and record is not None and copy.sha256 != record["copy"]["sha256"]:
+            state.stale.append((block.line, f"the copy of block {block.index} changed"))
+            copy = None
+        folder = figure_folder(site, page).relative_to(site.docs).as_posix()
+        return render_block(
+            block,
+            link_names(pretty, names, target),
+            record=record,
+            reason=reason,
+            copy=copy,
+            words=language,
+            shown_libraries=self.getConfig("libraries"),
+            figure=lambda name: link(self.md, f"{folder}/{name}"),
+            document=document,
+        )
+
+    def _record(self, site: Site) -> tuple[dict[str, Any] | None, str]:
+        state = self.state
+        position = len(state.blocks) - 1
+        if state.proof is None or position >= len(state.proof.blocks):
+            return None, "is not proven yet"
+        record = state.proof.blocks[position]
+        key = block_key(
+            site,
+            state.blocks,
+            modules=record["modules"],
+            files=record["files"],
+            libraries=record["libraries"],
+        )
+        return record, "" if key == record["key"] else "changed since it was proven"
+
+    def _source(self, site: Site, block: Block, language: dict[str, str]) -> tuple[str, str]:
+        """Return an object's code with its docstring folded, and the folded docstring."""
+        source = find_source(block.options.source, site)
+        lines = source.text.rstrip("\n").split("\n")
+        folded = ""
+        if source.docstring_span is not None and source.kind != "constant":
+            first, last = (number - source.first_line for number in source.docstring_span)
+            folded = "\n".join(lines[first : last + 1])
+            if last > first:
+                quote = '"""' if '"""' in lines[first] else "'''"
+                lines[first : last + 1] = [lines[first].rstrip() + f" …{quote}"]
+            else:
+                folded = ""
+        code = _dedent("\n".join(lines))
+        href = reference_target(block.options.source, site)
+        parts = []
+        if folded:
+            parts.append(
+                f'<details class="mdproof-doc"><summary>{language["doc"]}</summary>'
+                f'<pre tabindex="0"><code>{html.escape(_dedent(folded))}</code></pre></details>'
+            )
+        if href and (site.docs / href.partition("#")[0]).is_file():
+            parts.append(
+                f'<a class="mdproof-source" href="{html.escape(link(self.md, href))}">'
+                f"<code>{block.options.source}</code> · {language['reference']}</a>"
+            )
+        inner = "".join(parts)
+        return code, f'<div class="mdproof-foot">{inner}</div>' if inner else ""
+
+
+def _module_of(dotted: str, kind: str) -> str:
+    if kind == "module":
+        return dotted
+    depth = 2 if kind == "method" else 1
+    return dotted.rsplit(".", depth)[0]
+
+
+def _dedent(text: str) -> str:
+    margin = min((len(m[0]) for m in re.finditer(r"^ *(?=\S)", text, re.MULTILINE)), default=0)
+    return re.sub(rf"^ {{{margin}}}", "", text, flags=re.MULTILINE).rstrip("\n")
+
+
+def makeExtension(**kwargs: Any) -> MdproofExtension:  # noqa: N802
+    """Return the extension, as Python-Markdown asks for it."""
+    return MdproofExtension(**kwargs)

@@ -1,0 +1,496 @@
+"""Prove a page: run its blocks and its copies, compare with what is recorded, or record anew."""
+
+import base64
+import datetime
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mdproof import figures
+from mdproof.block import Block
+from mdproof.collect import Collected, collect, shown
+from mdproof.compare import first_difference, images, same_figure
+from mdproof.copy import Copy, candidates, plain_code, recorded_copy
+from mdproof.proof import (
+    Proof,
+    block_key,
+    canonical,
+    figure_folder,
+    imported_names,
+    load_proof,
+    locked_versions,
+    save_proof,
+    staleness,
+    used_libraries,
+    write_text,
+)
+from mdproof.runner import Failure, Ran, Server, copy_job, page_job
+from mdproof.site import Site
+
+UPDATE = "run `pytest docs --update` and look at what changes"
+
+
+class Servers:
+    """The worker processes of a session: one bare, one with the site's preloaded libraries."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._open: dict[bool, Server] = {}
+
+    def run(self, job: dict[str, Any]) -> list[Ran]:
+        """Run a job in the worker that suits its imports."""
+        wanted = {*self.site.preload, *self.site.packages}
+        loaded = any(_imports(block["code"]) & wanted for block in job["blocks"])
+        if loaded not in self._open:
+            self._open[loaded] = Server(self.site.preload if loaded else ())
+        return self._open[loaded].run(job)
+
+    def close(self) -> None:
+        """End the workers."""
+        for server in self._open.values():
+            server.close()
+        self._open.clear()
+
+
+def _imports(code: str) -> set[str]:
+    try:
+        return imported_names(code)
+    except SyntaxError:
+        return set()
+
+
+@dataclass
+class PageRun:
+    """One page on its way to a proof.
+
+    Attributes:
+        site: The site.
+        collected: The page's fences.
+        servers: Where blocks run.
+        proof: What is recorded now, or None.
+        stale: Why each block's record does not hold, "" where it does.
+        ran: What each block did, by its number; empty until `run`.
+    """
+
+    site: Site
+    collected: Collected
+    servers: Servers
+    proof: Proof | None
+    stale: list[str]
+    ran: dict[int, Ran] = field(default_factory=dict)
+    started: bool = False
+
+    @property
+    def page(self) -> str:
+        """The page's path below `docs`."""
+        return self.collected.page
+
+    @property
+    def file(self) -> str:
+        """The page's path as messages show it."""
+        return shown(self.site, self.page)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The page's blocks."""
+        return self.collected.blocks
+
+    def record(self, block: Block) -> dict[str, Any] | None:
+        """Return a block's record, fresh or not."""
+        if self.proof is None or block.index > len(self.proof.blocks):
+            return None
+        return self.proof.blocks[block.index - 1]
+
+    def run(self) -> None:
+        """Run the page once."""
+        if self.started:
+            return
+        self.started = True
+        job = page_job(self.site, self.page, self.blocks)
+        self.ran = {ran.block: ran for ran in self.servers.run(job)}
+
+    def failure_of(self, block: Block) -> Failure | None:
+        """Return why a block failed when the page ran, if it did."""
+        if block.options.norun:
+            return None
+        self.run()
+        ran = self.ran.get(block.index)
+        if ran is None:
+            broken = next((r for r in self.ran.values() if r.failure is not None), None)
+            place = f"block {broken.block} failed before it" if broken else "it was not reached"
+            return Failure(block.line, f"not run: {place}")
+        if ran.failure is not None:
+            return ran.failure
+        if any(out["type"] == "figure" for out in ran.outputs) and not block.options.alt:
+            return Failure(block.line, 'draws a figure: say in alt="..." what it shows')
+        if any(out["type"] != "figure" for out in ran.outputs) and block.kind == "source":
+            return Failure(block.line, "importing this object prints something")
+        return None
+
+
+def open_page(
+    site: Site, page: str, servers: Servers, collected: Collected | None = None
+) -> PageRun:
+    """Collect a page and read its proof.
+
+    Raises:
+        PageError: If the page has a fence that makes no sense.
+        ForgedError: If its proof was edited by hand.
+    """
+    collected = collected or collect(site, page)
+    proof = load_proof(site, page)
+    return PageRun(site, collected, servers, proof, staleness(site, collected.blocks, proof))
+
+
+def check_block(run: PageRun, block: Block) -> Failure | None:
+    """Run a page if need be, and compare one block with its record."""
+    failure = run.failure_of(block)
+    if failure is not None:
+        return failure
+    reason = run.stale[block.index - 1]
+    record = run.record(block)
+    if record is None:
+        return Failure(block.line, f"not proven yet: {UPDATE}")
+    difference = "" if block.options.norun else _differs(run, block, record)
+    if difference:
+        return Failure(block.line, difference)
+    if reason:
+        return Failure(block.line, f"{reason}; the output is the same: run `pytest docs --update`")
+    return _check_claims(run, block, record)
+
+
+def _check_claims(run: PageRun, block: Block, record: dict[str, Any]) -> Failure | None:
+    """Compare what a record says besides its outputs with what the run showed."""
+    if block.options.norun:
+        same = record["status"] == "excused" and record["outputs"] == []
+        return None if same else Failure(block.line, "the record claims that this block was run")
+    ran = run.ran[block.index]
+    claims = {
+        "modules": ran.modules,
+        "files": ran.files,
+        "names": ran.names,
+        "libraries": _libraries(run, block, ran),
+    }
+    for name, seen in claims.items():
+        if record[name] != seen:
+            return Failure(block.line, f"the record's {name} are not what the run showed: {UPDATE}")
+    hows = {way["how"] for way in record["verified"]}
+    expected = {"cpu", "interpreter", "compiled"} if ran.launches else {"cpu"}
+    if record["status"] != "passed" or hows != expected:
+        claim = ", ".join(sorted(hows))
+        return Failure(
+            block.line, f"the record claims {claim}; the run shows {', '.join(expected)}"
+        )
+    for name, version in record["libraries"].items():
+        locked = locked_versions(run.site).get(canonical(name))
+        if locked and locked.partition("+")[0] != version:
+            message = f"{name} {version} is installed, the lock says {locked}: use the locked set"
+            return Failure(block.line, message)
+    return None
+
+
+def _libraries(run: PageRun, block: Block, ran: Ran) -> dict[str, str]:
+    codes = [plain_code(b) for b in run.blocks[: block.index] if not b.options.norun]
+    return used_libraries(run.site, codes, ran.modules)
+
+
+def _differs(run: PageRun, block: Block, record: dict[str, Any]) -> str:
+    """Return how a block's outputs differ from the recorded ones, "" if they agree."""
+    ran = run.ran[block.index]
+    old, new = record["outputs"], ran.outputs
+    if not block.options.varies:
+        difference = first_difference(_text(old), ran.text(), rtol=block.options.tol)
+        if difference is not None:
+            return f"the output changed: recorded {difference[0]!r}, now {difference[1]!r}"
+    drawn_old = [out for out in old if out["type"] == "figure"]
+    drawn_new = [out["svg"] for out in new if out["type"] == "figure"]
+    if len(drawn_old) != len(drawn_new):
+        return f"{len(drawn_new)} figures, {len(drawn_old)} recorded"
+    folder = figure_folder(run.site, run.page)
+    for out, svg in zip(drawn_old, drawn_new, strict=True):
+        for theme, recorded_hash in out["sha256"].items():
+            file = folder / f"{out['name']}.{theme}.svg"
+            text = file.read_text(encoding="utf-8") if file.is_file() else ""
+            if hashlib.sha256(text.encode()).hexdigest()[:32] != recorded_hash:
+                return f"figure {file.name} is not the recorded one"
+            if block.options.varies:
+                continue
+            if not same_figure(text, figures.themed(svg, theme)) or not _same_images(text, svg):
+                return f"figure {file.name} changed: {UPDATE}"
+    return ""
+
+
+def _text(outputs: Sequence[dict[str, Any]]) -> str:
+    return Ran(0, outputs=list(outputs)).text()
+
+
+def _same_images(recorded: str, new: str) -> bool:
+    """Tell whether the pictures inside two drawings agree, pixel by pixel within a few levels."""
+    pairs = list(zip(images(recorded), images(new), strict=False))
+    if len(images(recorded)) != len(images(new)):
+        return False
+    if all(a == b for a, b in pairs):
+        return True
+    import io
+
+    from PIL import Image, ImageChops
+
+    for a, b in pairs:
+        one, two = (Image.open(io.BytesIO(base64.b64decode(x))).convert("RGBA") for x in (a, b))
+        if one.size != two.size:
+            return False
+        extrema = ImageChops.difference(one, two).getextrema()
+        if max(high for _, high in extrema) > 8:  # type: ignore[operator,misc]
+            return False
+    return True
+
+
+def run_copy(
+    run: PageRun, block: Block, copy: Copy, recorded: Sequence[dict[str, Any]]
+) -> Failure | None:
+    """Run a copy alone, and compare what its block prints with what the page records."""
+    with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
+        job = copy_job(run.site, copy.text, copy.split, block, Path(folder))
+        ran = run.servers.run(job)[0]
+    if ran.failure is not None:
+        return Failure(block.line, f"the runnable copy fails alone: {ran.failure.message}")
+    if block.kind == "doctest" or block.options.varies:
+        return None
+    difference = first_difference(_text(recorded), ran.text(), rtol=block.options.tol)
+    if difference is not None:
+        message = f"the runnable copy prints {difference[1]!r}, the page {difference[0]!r}"
+        return Failure(block.line, message)
+    count = sum(out["type"] == "figure" for out in recorded)
+    drawn = sum(out["type"] == "figure" for out in ran.outputs)
+    if count != drawn:
+        return Failure(block.line, f"the runnable copy draws {drawn} figures, the page {count}")
+    return None
+
+
+def check_copy(run: PageRun, block: Block) -> Failure | None:
+    """Run a block's recorded copy alone."""
+    record = run.record(block)
+    copy = recorded_copy(run.site, run.blocks[: block.index], record) if record else None
+    if record is None or copy is None:
+        return Failure(block.line, f"no runnable copy is recorded: {UPDATE}")
+    if copy.sha256 != record["copy"]["sha256"]:
+        return Failure(block.line, f"the runnable copy is not the recorded one: {UPDATE}")
+    return run_copy(run, block, copy, record["outputs"])
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What proving anew led to.
+
+    Attributes:
+        failures: By block, why it could not be proven; the proof is written only if there are none.
+        written: Whether the proof file changed.
+    """
+
+    failures: dict[int, Failure]
+    written: bool = False
+
+
+def update_page(run: PageRun) -> Updated:
+    """Run a page and its copies and record what was seen; nothing is written if anything fails."""
+    failures = {
+        block.index: failure
+        for block in run.blocks
+        if (failure := run.failure_of(block)) is not None
+    }
+    if failures:
+        return Updated(failures)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    compiled = _compile(run, today)
+    records: list[dict[str, Any]] = []
+    drawings: dict[str, str] = {}
+    for block in run.blocks:
+        record, drawn = _new_record(run, block, today, compiled)
+        old = run.record(block)
+        if old is not None and _same_record(run, block, old, record):
+            record = {
+                **record,
+                "outputs": old["outputs"],
+                "seconds": old["seconds"],
+                "date": old["date"],
+            }
+            record["verified"] = _keep_dates(old["verified"], record["verified"])
+            drawn = {}
+        if not block.options.norun:
+            found = _find_copy(run, block, record)
+            if isinstance(found, Failure):
+                failures[block.index] = found
+                continue
+            record["copy"] = found
+        records.append(record)
+        drawings |= drawn
+    if failures:
+        return Updated(failures)
+    proof = Proof(run.page, records)
+    if run.proof is not None and run.proof.blocks == records:
+        return Updated({})
+    folder = figure_folder(run.site, run.page)
+    for name, svg in drawings.items():
+        write_text(folder / name, svg)
+    save_proof(run.site, proof)
+    _remove_orphans(folder, records)
+    return Updated({}, written=True)
+
+
+def _same_record(run: PageRun, block: Block, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    if old["key"] != new["key"] or old["status"] != new["status"]:
+        return False
+    return block.options.norun != "" or not _differs(run, block, old)
+
+
+def _keep_dates(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def undated(way: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in way.items() if name != "date"}
+
+    known = {repr(undated(way)): way for way in old}
+    return [known.get(repr(undated(way)), way) for way in new]
+
+
+def _new_record(
+    run: PageRun, block: Block, today: str, compiled: dict[str, list[dict[str, Any]]]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a block's record, and its drawings by file name."""
+    if block.options.norun:
+        key = block_key(run.site, run.blocks[: block.index], modules=(), files=(), libraries={})
+        return {
+            "key": key,
+            "kind": block.kind,
+            "status": "excused",
+            "reason": block.options.norun,
+            "date": today,
+            "seconds": 0.0,
+            "verified": [],
+            "outputs": [],
+            "libraries": {},
+            "modules": [],
+            "files": [],
+            "names": {},
+        }, {}
+    ran = run.ran[block.index]
+    outputs: list[dict[str, Any]] = []
+    drawings: dict[str, str] = {}
+    for out in ran.outputs:
+        if out["type"] != "figure":
+            outputs.append(out)
+            continue
+        name = f"{block.index}-{1 + sum(o['type'] == 'figure' for o in outputs)}"
+        width, height = figures.size(out["svg"])
+        hashes = {}
+        for theme in figures.THEMES:
+            drawings[f"{name}.{theme}.svg"] = text = figures.themed(out["svg"], theme)
+            hashes[theme] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        outputs.append(
+            {"type": "figure", "name": name, "width": width, "height": height, "sha256": hashes}
+        )
+    libraries = _libraries(run, block, ran)
+    key = block_key(
+        run.site,
+        run.blocks[: block.index],
+        modules=ran.modules,
+        files=ran.files,
+        libraries=libraries,
+    )
+    verified: list[dict[str, Any]] = [{"how": "cpu", "date": today}]
+    if ran.launches:
+        verified.append({"how": "interpreter", "date": today})
+        verified += compiled[str(block.index)]
+    record = {
+        "key": key,
+        "kind": block.kind,
+        "status": "passed",
+        "date": today,
+        "seconds": round(ran.seconds, 2),
+        "verified": verified,
+        "outputs": outputs,
+        "libraries": libraries,
+        "modules": ran.modules,
+        "files": ran.files,
+        "names": ran.names,
+    }
+    return record, drawings
+
+
+def _find_copy(run: PageRun, block: Block, record: dict[str, Any]) -> dict[str, Any] | Failure:
+    """Return the record of the smallest copy that runs alone and prints what the page prints."""
+    failure: Failure | None = None
+    for copy, libraries in candidates(run.site, run.blocks[: block.index]):
+        failure = run_copy(run, block, copy, record["outputs"])
+        if failure is None:
+            return {"level": copy.level, "sha256": copy.sha256, "libraries": libraries}
+    assert failure is not None
+    return failure
+
+
+def compile_launches(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compile kernel launches for every target without a GPU; see `mdproof.triton.compiling`."""
+    from mdproof.triton import compiling
+
+    return compiling.compile_launches(launches)
+
+
+def _compile(run: PageRun, today: str) -> dict[str, list[dict[str, Any]]]:
+    """Return for each block that launched kernels how they were compiled, target by target."""
+    every: list[dict[str, Any]] = []
+    for ran in run.ran.values():
+        every += [launch for launch in ran.launches if launch not in every]
+    if not every:
+        return {}
+    results = compile_launches(every)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for index, ran in run.ran.items():
+        if not ran.launches:
+            continue
+        targets: dict[str, list[dict[str, Any]]] = {}
+        for result in results:
+            if result["launch"] in ran.launches:
+                kernel = {
+                    name: value
+                    for name, value in result.items()
+                    if name not in ("launch", "target")
+                }
+                targets.setdefault(result["target"], []).append(kernel)
+        found[str(index)] = [
+            {"how": "compiled", "target": target, "kernels": kernels, "date": today}
+            for target, kernels in sorted(targets.items(), key=lambda item: int(item[0][3:]))
+        ]
+    return found
+
+
+def check_compiled(run: PageRun) -> Failure | None:
+    """Compile the kernels that the page launched, and compare them with the recorded ones."""
+    for block in run.blocks:
+        failure = run.failure_of(block)
+        if failure is not None:
+            return failure
+    now = _compile(run, "")
+    for block in run.blocks:
+        record = run.record(block)
+        if record is None:
+            return Failure(block.line, f"not proven yet: {UPDATE}")
+        old = [{**way, "date": ""} for way in record["verified"] if way["how"] == "compiled"]
+        if old != now.get(str(block.index), []):
+            return Failure(block.line, f"the compiled kernels are not the recorded ones: {UPDATE}")
+    return None
+
+
+def _remove_orphans(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    kept = {
+        f"{out['name']}.{theme}.svg"
+        for record in records
+        for out in record["outputs"]
+        if out["type"] == "figure"
+        for theme in out["sha256"]
+    }
+    for file in folder.glob("*.svg") if folder.is_dir() else ():
+        if file.name not in kept:
+            file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,161 @@
+"""The HTML around a block: chip, copy buttons, output, figures, links of its names."""
+
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mdproof.block import Block
+from mdproof.copy import Copy
+
+_TOKEN = re.compile(r'<span class="(n|nf|nc|nn|nd|fm)">(@?)([A-Za-z_][\w.]*)</span>')
+
+
+def link_names(code: str, names: Mapping[str, str], target: Callable[[str], str | None]) -> str:
+    """Link the tokens of highlighted code that stand for an object with a reference page.
+
+    Args:
+        code: Highlighted HTML.
+        names: Dotted name of the object by the token's text.
+        target: Link of a dotted name, or None.
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        dotted = names.get(found[3])
+        href = target(dotted) if dotted else None
+        if href is None:
+            return found[0]
+        return f'<a class="mdproof-ref" href="{html.escape(href)}" title="{dotted}">{found[0]}</a>'
+
+    return _TOKEN.sub(replace, code)
+
+
+def how_verified(record: Mapping[str, Any], words: Mapping[str, str], shown: Sequence[str]) -> str:
+    """Return how a block was verified, in words: "CPU · torch 2.13.0 · 2026-11-21 · 0.3 s"."""
+    parts: list[str] = []
+    compiled: list[str] = []
+    for way in record["verified"]:
+        if way["how"] == "compiled":
+            compiled.append(way["target"])
+        elif way["how"] == "device":
+            parts.append(words["device"].format(way["device"]))
+        else:
+            parts.append(words[way["how"]])
+    if compiled:
+        targets = "sm_" + "/".join(target.removeprefix("sm_") for target in compiled)
+        parts.insert(
+            1 + ("interpreter" in {w["how"] for w in record["verified"]}),
+            words["compiled"].format(targets),
+        )
+    parts += [
+        f"{name} {record['libraries'][name]}" for name in shown if name in record["libraries"]
+    ]
+    parts += [record["date"], words["seconds"].format(record["seconds"])]
+    return " · ".join(parts)
+
+
+def _attribute(text: str) -> str:
+    """Return a text as an attribute's value on one line, whatever a builder does to lines."""
+    return html.escape(text, quote=True).replace("\n", "&#10;")
+
+
+def _label(kind: str, label: str, text: str) -> str:
+    return (
+        f'<div class="mdproof-output{kind}" data-search-exclude>'
+        f'<span class="mdproof-label">{html.escape(label)}</span>'
+        f'<pre tabindex="0"><code>{html.escape(text.rstrip())}</code></pre></div>'
+    )
+
+
+def _buttons(copy: Copy | None, bare: str, words: Mapping[str, str]) -> str:
+    def button(text: str, label: str, kind: str) -> str:
+        attribute = _attribute(text)
+        title = html.escape(words[f"{label}_hint"], quote=True)
+        return (
+            f'<button type="button" class="mdproof-copy{kind}" title="{title}" '
+            f'data-mdproof-copy="{attribute}">{words[label]}</button>'
+        )
+
+    runnable = button(copy.text, "copy", "") if copy is not None else ""
+    only = button(bare, "bare", " mdproof-copy--bare")
+    return f'<span class="mdproof-actions">{runnable}{only}</span>'
+
+
+def _outputs(
+    block: Block, record: Mapping[str, Any], words: Mapping[str, str], figure: Callable[[str], str]
+) -> str:
+    parts: list[str] = []
+    text = "".join(
+        out["text"] if out["text"].endswith("\n") else out["text"] + "\n"
+        for out in record["outputs"]
+        if out["type"] in ("stdout", "value")
+    )
+    if text.strip():
+        label = words["output"]
+        if block.options.varies:
+            label += f"（{words['varies']}{block.options.varies}）"
+        parts.append(_label("", label, text))
+    for out in record["outputs"]:
+        if out["type"] == "error":
+            parts.append(_label(" mdproof-error", words["raises"], out["text"]))
+        elif out["type"] == "figure":
+            size = f'width="{out["width"]}" height="{out["height"]}"'
+            alt = html.escape(block.options.alt, quote=True)
+            images = "".join(
+                f'<img class="mdproof-{theme}" src="{html.escape(figure(file))}" '
+                f'alt="{alt}" {size} loading="lazy" decoding="async">'
+                for theme in ("light", "dark")
+                for file in [f"{out['name']}.{theme}.svg"]
+            )
+            caption = block.options.caption
+            caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+            parts.append(f'<figure class="mdproof-figure">{images}{caption}</figure>')
+    return "".join(parts)
+
+
+def render_block(
+    block: Block,
+    code: str,
+    *,
+    record: Mapping[str, Any] | None,
+    reason: str,
+    copy: Copy | None,
+    words: Mapping[str, str],
+    shown_libraries: Sequence[str],
+    figure: Callable[[str], str],
+    document: str = "",
+) -> str:
+    """Return the whole HTML of a block.
+
+    Args:
+        block: The block.
+        code: Its highlighted code, links included.
+        record: Its record in the proof, or None.
+        reason: Why the record does not hold; "" if it does.
+        copy: Its runnable copy, or None.
+        words: The words of the page's language.
+        shown_libraries: Libraries whose versions the chip names.
+        figure: Link of a recorded figure's file.
+        document: HTML between the code and the bar, of a source fence.
+    """
+    bare = block.shown or block.code
+    outputs = how = ""
+    if block.options.norun:
+        state, hint = "excused", block.options.norun
+        how = hint
+    elif record is None or reason:
+        state, copy = "stale", None
+        hint = words["stale_hint"]
+    else:
+        state, hint = "verified", words["verified_hint"]
+        how = how_verified(record, words, shown_libraries)
+        outputs = _outputs(block, record, words, figure)
+    key = f' data-mdproof-key="{record["key"]}"' if record is not None and not reason else ""
+    return (
+        f'<div class="mdproof" id="block-{block.index}" data-mdproof-block="{block.index}" '
+        f'data-mdproof-state="{state}"{key}>{code}{document}'
+        f'<div class="mdproof-bar" data-search-exclude>'
+        f'<span class="mdproof-chip" title="{_attribute(hint)}">{words[state]}</span>'
+        f'<span class="mdproof-how">{html.escape(how)}</span>{_buttons(copy, bare, words)}</div>'
+        f"{outputs}</div>"
+    )

@@ -1,0 +1,290 @@
+"""Run blocks in a process of their own, and learn what happened whatever happens to it."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mdproof import figures
+from mdproof.block import Block
+from mdproof.errors import PageError
+from mdproof.site import Site
+
+PAGE_TIMEOUT = 300.0
+"""Seconds a whole page may take."""
+
+MEMORY = 6144
+"""MiB that a page may allocate beyond what its process starts with."""
+
+_GRACE = 5.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a block failed: one line of cause, and where.
+
+    Attributes:
+        line: Line of the page.
+        message: One line.
+        frames: Further places inside the repository, as "file:line: text".
+    """
+
+    line: int
+    message: str
+    frames: tuple[str, ...] = ()
+
+
+@dataclass
+class Ran:
+    """What one block did."""
+
+    block: int
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    failure: Failure | None = None
+    seconds: float = 0.0
+    modules: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    launches: list[dict[str, Any]] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return what the block printed and the value it ended with."""
+        return "".join(
+            out["text"] if out["text"].endswith("\n") else out["text"] + "\n"
+            for out in self.outputs
+            if "text" in out
+        )
+
+
+def environment() -> dict[str, str]:
+    """Return the environment that blocks run in: this one's tools, and nothing that varies."""
+    keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "TMPDIR", "SYSTEMROOT")
+    fixed = {
+        "LANG": "C.UTF-8",
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "PYTHONHASHSEED": "0",
+        "PYTHONIOENCODING": "utf-8",
+        "MPLBACKEND": "agg",
+        "MATPLOTLIBRC": str(figures.STYLE),
+        "COLUMNS": "100",
+    }
+    threads = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
+    fixed |= {f"{name}_NUM_THREADS": "1" for name in threads}
+    return {name: os.environ[name] for name in keep if name in os.environ} | fixed
+
+
+class Server:
+    """A worker process that forks a child for each job; use as a context manager."""
+
+    def __init__(self, libraries: Sequence[str] = ()) -> None:
+        self._libraries = tuple(libraries)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+        self._folder = tempfile.TemporaryDirectory(prefix="mdproof-")
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker."""
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.close()
+            try:
+                process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+        self._folder.cleanup()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mdproof.worker", *self._libraries],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment(),
+            )
+            self._buffer = b""
+        return self._process
+
+    def _event(self, seconds: float) -> dict[str, Any] | None:
+        """Return the next event, or None if none comes in time or the worker is gone."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                return None
+            data = os.read(self._process.stdout.fileno(), 1 << 20)
+            if not data:
+                return {"event": "lost"}
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def run(self, job: dict[str, Any]) -> list[Ran]:
+        """Run a job; return what became of each block that was started.
+
+        A block that hangs, exits, crashes or exhausts memory is a failure of that block; the blocks
+        after it are not started.
+        """
+        process = self._start()
+        assert process.stdin is not None
+        stderr = Path(self._folder.name, "stderr")
+        job = {**job, "stderr": str(stderr), "memory": MEMORY}
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        process.stdin.flush()
+        blocks = {block["index"]: block for block in job["blocks"]}
+        done: list[Ran] = []
+        current: int | None = None
+        pid = 0
+        page_end = time.monotonic() + PAGE_TIMEOUT + 60
+        deadline = page_end
+        cause = ""
+        while True:
+            event = self._event(max(0.0, min(deadline, page_end) - time.monotonic()))
+            if event is None:
+                whole = time.monotonic() >= page_end
+                limit = PAGE_TIMEOUT if whole else blocks[current]["timeout"] if current else 0
+                cause = f"takes longer than {limit:g} s" + (" (the page)" if whole else "")
+                if pid:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                deadline = page_end = time.monotonic() + _GRACE
+                if not pid:
+                    process.kill()
+                continue
+            if event["event"] == "forked":
+                pid = event["pid"]
+                page_end = time.monotonic() + PAGE_TIMEOUT
+            elif event["event"] == "start":
+                current = event["block"]
+                deadline = time.monotonic() + blocks[current]["timeout"]
+            elif event["event"] == "done":
+                done.append(_ran(event, blocks[event["block"]]))
+                current, deadline = None, page_end
+            elif event["event"] in ("exit", "lost"):
+                break
+        if current is not None:
+            status = event.get("status", 0)
+            cause = cause or _death(status, stderr)
+            done.append(Ran(current, failure=Failure(blocks[current]["first"], cause)))
+        return done
+
+
+def _death(status: int, stderr: Path) -> str:
+    if status < 0:
+        name = signal.Signals(-status).name
+        why = "killed, perhaps for memory" if name == "SIGKILL" else "the interpreter crashed"
+        return f"{why} ({name})"
+    text = stderr.read_text(encoding="utf-8", errors="replace") if stderr.exists() else ""
+    last = text.strip().splitlines()[-1:] or [""]
+    return f"the block ended its process with status {status} {last[0]}".strip()
+
+
+def _ran(event: dict[str, Any], block: dict[str, Any]) -> Ran:
+    error, raises = event["error"], block.get("raises")
+    failure: Failure | None = None
+    outputs = event["outputs"]
+    if error is not None and raises and raises in error["kinds"]:
+        outputs = [*outputs, {"type": "error", "text": f"{error['type']}: {error['message']}"}]
+    elif error is not None:
+        message = " ".join(f"{error['type']}: {error['message']}".removeprefix(": ").split())
+        frames = tuple(f"{name}:{line}: {text}" for name, line, text in error["frames"])
+        failure = Failure(error["line"], message, frames)
+    elif raises:
+        failure = Failure(block["first"], f"does not raise {raises}")
+    return Ran(
+        block=event["block"],
+        outputs=outputs,
+        failure=failure,
+        seconds=event["seconds"],
+        modules=event["modules"],
+        files=event["files"],
+        names=event["names"],
+        launches=event["launches"],
+    )
+
+
+def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
+    """Return the job that runs a page's blocks in order, excused ones left out."""
+    run = [block for block in blocks if not block.options.norun]
+    file = site.docs / page
+    lines: list[str] = []
+    for block in run:
+        lines += [""] * (block.first - 1 - len(lines)) + block.code.splitlines()
+    return {
+        "file": str(file),
+        "name": page.removesuffix(".md").replace("/", "_").replace("-", "_").replace(".", "_"),
+        "program": "\n".join(lines) + "\n",
+        "root": str(site.root),
+        "packages": list(site.packages),
+        "blocks": [
+            {
+                "index": block.index,
+                "first": block.first,
+                "code": block.code,
+                "kind": "doctest" if block.kind == "doctest" else "code",
+                "raises": block.options.raises,
+                "timeout": block.options.timeout,
+            }
+            for block in run
+        ],
+    }
+
+
+def copy_job(site: Site, text: str, split: int, block: Block, folder: Path) -> dict[str, Any]:
+    """Return the job that runs a runnable copy as a file of its own, `python copied.py`.
+
+    Args:
+        site: The site.
+        text: The program.
+        split: Its first line that belongs to the block itself; output before it is not returned.
+        block: The block it is a copy of.
+        folder: Where the file is written.
+    """
+    file = folder / "copied.py"
+    file.write_text(text, encoding="utf-8")
+    return {
+        "file": str(file),
+        "name": "__main__",
+        "program": text,
+        "root": str(site.root),
+        "packages": list(site.packages),
+        "blocks": [
+            {
+                "index": block.index,
+                "first": 1,
+                "code": text,
+                "kind": "code",
+                "raises": block.options.raises,
+                "timeout": PAGE_TIMEOUT,
+                "split": split,
+            }
+        ],
+    }
+
+
+def located(page_file: str, failure: Failure) -> PageError:
+    """Return a failure as the error with file and line."""
+    return PageError(page_file, failure.line, failure.message)

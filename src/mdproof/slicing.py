@@ -1,0 +1,347 @@
+"""The smallest program that runs a block alone, by data flow over the statements before it.
+
+Backward from the block: a statement is kept if it binds a name that is needed, changes an object
+that a needed name stands for, or sets something ambient (the environment, a global seed). Which
+calls change their arguments cannot be known, so there are three levels, each larger: `slice` trusts
+that an assignment leaves its arguments alone, `wide` trusts no call, `all` keeps everything.
+Whoever uses a slice runs it and compares the output; a level that fails gives way to the next.
+"""
+
+import ast
+import builtins
+import symtable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+LEVELS = ("slice", "wide", "all")
+
+_AMBIENT_CALLS = frozenset(
+    {
+        "manual_seed", "seed", "set_default_dtype", "set_default_device", "set_num_threads",
+        "set_printoptions", "use_deterministic_algorithms", "filterwarnings", "simplefilter",
+        "setdefault_env", "setlocale", "chdir", "seterr",
+    }
+)  # fmt: skip
+_CHANGING_CALLS = frozenset(
+    {
+        "add", "append", "backward", "clear", "discard", "eval", "extend", "fit", "insert",
+        "load_state_dict", "pop", "popleft", "put", "remove", "requires_grad_", "reverse", "send",
+        "setdefault", "shuffle", "sort", "step", "train", "update", "write", "zero_grad",
+    }
+)  # fmt: skip
+_RANDOM_ARGUMENTS = frozenset({"generator", "rng", "random_state", "out"})
+_SILENT_CALLS = frozenset({"print", "display", "pprint"})
+_BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__", "__doc__"}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One top-level statement and what it does to the names of its module.
+
+    Attributes:
+        node: The syntax tree.
+        text: Its source, decorators and the comments right above it included.
+        block: Number of the block that it stands in.
+        reads: Module-level names that it, or a function in it, looks up.
+        binds: Names that it may bind.
+        kills: Names that it certainly binds anew.
+        touches: Names whose objects it changes, as far as `slice` believes.
+        may_touch: Names whose objects it could change.
+        ambient: Whether it changes something that every later statement sees.
+    """
+
+    node: ast.stmt
+    text: str
+    block: int
+    reads: frozenset[str]
+    binds: frozenset[str]
+    kills: frozenset[str]
+    touches: frozenset[str]
+    may_touch: frozenset[str]
+    ambient: bool
+
+
+def _scopes(table: symtable.SymbolTable) -> Iterable[symtable.SymbolTable]:
+    for child in table.get_children():
+        yield child
+        yield from _scopes(child)
+
+
+def _names(text: str, node: ast.stmt) -> tuple[set[str], set[str]]:
+    """Return the module-level names that a statement reads and may bind."""
+    table = symtable.symtable(text, "block", "exec")
+    reads = {s.get_name() for s in table.get_symbols() if s.is_referenced()}
+    binds = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    for scope in _scopes(table):
+        for symbol in scope.get_symbols():
+            if symbol.is_global() and symbol.is_referenced():
+                reads.add(symbol.get_name())
+            if symbol.is_declared_global() and symbol.is_assigned():
+                binds.add(symbol.get_name())
+                reads.add(symbol.get_name())
+    for part in ast.walk(node):
+        if isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name):
+            reads.add(part.target.id)
+        if isinstance(part, ast.Delete):
+            reads |= {t.id for t in part.targets if isinstance(t, ast.Name)}
+            binds |= {t.id for t in part.targets if isinstance(t, ast.Name)}
+    return reads, binds
+
+
+def _certain(node: ast.stmt) -> set[str]:
+    """Return the names that a statement binds whatever happens."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Import):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names} - {"*"}
+    if isinstance(node, ast.AnnAssign) and node.value is None:
+        return set()
+    targets: list[ast.expr] = []
+    if isinstance(node, ast.Assign):
+        targets = list(node.targets)
+    elif isinstance(node, ast.AnnAssign):
+        targets = [node.target]
+    found: set[str] = set()
+    while targets:
+        target = targets.pop()
+        if isinstance(target, ast.Name):
+            found.add(target.id)
+        elif isinstance(target, ast.Tuple | ast.List):
+            targets.extend(target.elts)
+        elif isinstance(target, ast.Starred):
+            targets.append(target.value)
+    return found
+
+
+def _base(node: ast.expr) -> str | None:
+    """Return the name at the root of `a.b[c].d(...)`."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call | ast.Starred | ast.Await):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _loaded(nodes: Iterable[ast.AST]) -> set[str]:
+    return {
+        part.id
+        for node in nodes
+        for part in ast.walk(node)
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
+    }
+
+
+def _call_name(call: ast.Call) -> str:
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr
+    return call.func.id if isinstance(call.func, ast.Name) else ""
+
+
+def _own(node: ast.AST) -> Iterable[ast.AST]:
+    """Walk what runs with the statement itself, not the bodies of functions that it defines."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield from _own(child)
+
+
+def _changes(node: ast.stmt, *, is_last: bool) -> tuple[set[str], set[str]]:
+    """Return the names whose objects a statement changes, surely and possibly.
+
+    A block's last expression stands there to be shown: `x.sum()` at the end changes nothing.
+    """
+    surely: set[str] = set()
+    possibly: set[str] = set()
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return surely, possibly
+    compound = not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr)
+    for part in _own(node):
+        targets: Sequence[ast.expr] = ()
+        if isinstance(part, ast.Assign | ast.Delete):
+            targets = part.targets
+        elif isinstance(part, ast.AugAssign | ast.AnnAssign | ast.For | ast.AsyncFor):
+            targets = (part.target,)
+        for target in targets:
+            for inner in ast.walk(target):
+                if isinstance(inner, ast.Attribute | ast.Subscript):
+                    surely |= {name for name in [_base(inner)] if name}
+            if isinstance(part, ast.AugAssign) and isinstance(target, ast.Name):
+                surely.add(target.id)
+        if not isinstance(part, ast.Call):
+            continue
+        name = _call_name(part)
+        if name in _SILENT_CALLS:
+            continue
+        arguments = [*part.args, *(keyword.value for keyword in part.keywords)]
+        touched = _loaded(arguments)
+        receiver = _base(part.func) if isinstance(part.func, ast.Attribute) else None
+        if receiver:
+            touched.add(receiver)
+        possibly |= touched
+        # A bare call, and a call inside a loop, stands there for what it changes.
+        bare = isinstance(node, ast.Expr) and part is node.value
+        if compound or (bare and not (is_last and receiver)):
+            surely |= touched
+        if receiver and (
+            name in _CHANGING_CALLS or (name.endswith("_") and not name.startswith("_"))
+        ):
+            surely.add(receiver)
+        surely |= {
+            inner
+            for keyword in part.keywords
+            if keyword.arg in _RANDOM_ARGUMENTS
+            for inner in _loaded([keyword.value])
+        }
+    if isinstance(node, ast.Assert):
+        surely = set()
+    return surely, possibly | surely
+
+
+def _is_ambient(node: ast.stmt) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return False
+    for part in _own(node):
+        if isinstance(part, ast.Call) and _call_name(part) in _AMBIENT_CALLS:
+            # `torch.Generator().manual_seed(0)` seeds an object, `torch.manual_seed(0)` the world.
+            receiver = part.func.value if isinstance(part.func, ast.Attribute) else part.func
+            if isinstance(receiver, ast.Name | ast.Attribute) and isinstance(node, ast.Expr):
+                return True
+        if isinstance(part, ast.Attribute) and part.attr in ("environ", "rcParams"):
+            return not isinstance(node, ast.Assign) or any(
+                isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets
+            )
+    return False
+
+
+def _text_of(lines: Sequence[str], node: ast.stmt, floor: int) -> str:
+    decorators = getattr(node, "decorator_list", [])
+    first = min([node.lineno, *(d.lineno for d in decorators)])
+    last = node.end_lineno or first
+    behind = lines[last - 1].encode()[node.end_col_offset or 0 :].decode().strip()
+    if node.col_offset or (behind and not behind.startswith("#")):  # joined by semicolons
+        return ast.get_source_segment("\n".join(lines), node) or ast.unparse(node)
+    while first - 1 > floor and lines[first - 2].lstrip().startswith("#"):
+        first -= 1
+    return "\n".join(lines[first - 1 : last])
+
+
+def read_statements(code: str, block: int) -> list[Statement]:
+    """Split a block into its top-level statements.
+
+    Raises:
+        SyntaxError: If the code is not Python.
+    """
+    lines = code.splitlines()
+    found: list[Statement] = []
+    floor = 0
+    body = ast.parse(code).body
+    for node in body:
+        text = _text_of(lines, node, floor)
+        floor = node.end_lineno or floor
+        reads, binds = _names(text, node)
+        surely, possibly = _changes(node, is_last=node is body[-1])
+        found.append(
+            Statement(
+                node=node,
+                text=text,
+                block=block,
+                reads=frozenset(reads),
+                binds=frozenset(binds),
+                kills=frozenset(_certain(node)),
+                touches=frozenset(surely),
+                may_touch=frozenset(possibly),
+                ambient=_is_ambient(node),
+            )
+        )
+    return found
+
+
+@dataclass
+class _Walk:
+    live: set[str]
+    kept: list[str] = field(default_factory=list)
+
+
+def _is_import(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def _reduced_import(statement: Statement, live: set[str]) -> str:
+    node = statement.node
+    assert isinstance(node, ast.Import | ast.ImportFrom)
+    wanted = [
+        alias
+        for alias in node.names
+        if alias.name == "*"
+        or (alias.asname or alias.name).partition(".")[0] in live
+        or (isinstance(node, ast.ImportFrom) and node.module == "__future__")
+    ]
+    if len(wanted) == len(node.names):
+        return statement.text
+    if isinstance(node, ast.Import):
+        return ast.unparse(ast.Import(names=wanted))
+    return ast.unparse(ast.ImportFrom(module=node.module, names=wanted, level=node.level))
+
+
+def _backward(
+    earlier: Sequence[Statement], live: set[str], *, wide: bool, calls: dict[str, set[str]]
+) -> _Walk:
+    walk = _Walk(live=set(live))
+    for statement in reversed(earlier):
+        touches = set(statement.may_touch if wide else statement.touches)
+        if wide:
+            for name in statement.reads & calls.keys():
+                touches |= calls[name]
+        star = isinstance(statement.node, ast.ImportFrom) and any(
+            alias.name == "*" for alias in statement.node.names
+        )
+        if not (statement.binds & walk.live or touches & walk.live or statement.ambient or star):
+            continue
+        walk.kept.append(
+            _reduced_import(statement, walk.live) if _is_import(statement.node) else statement.text
+        )
+        walk.live -= statement.kills
+        walk.live |= statement.reads
+    walk.kept.reverse()
+    return walk
+
+
+def needed_before(statements: Sequence[Statement]) -> set[str]:
+    """Return the names that a run of statements looks up before it binds them."""
+    live: set[str] = set()
+    for statement in reversed(statements):
+        live -= statement.kills
+        live |= statement.reads
+    return live
+
+
+def close(earlier: Sequence[Statement], block: Sequence[Statement], *, level: str) -> list[str]:
+    """Return the texts of the earlier statements that a block needs, in order.
+
+    Args:
+        earlier: Every statement before the block, in page order.
+        block: The block's own statements.
+        level: One of `LEVELS`.
+
+    Raises:
+        ValueError: If the level is unknown.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; known are {', '.join(LEVELS)}")
+    if level == "all":
+        return [statement.text for statement in earlier]
+    calls = {
+        statement.node.name: set(statement.reads)
+        for statement in earlier
+        if isinstance(statement.node, ast.FunctionDef | ast.ClassDef)
+    }
+    bound = {name for statement in earlier for name in statement.binds}
+    live = needed_before(block)
+    while True:
+        walk = _backward(earlier, live, wide=level == "wide", calls=calls)
+        # A kept function may call one that is defined after it; that name is needed at the end too.
+        missing = (walk.live & bound) - _BUILTINS - live
+        if not missing:
+            return walk.kept
+        live |= missing

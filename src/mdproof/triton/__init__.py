@@ -1,0 +1,1 @@
+"""Triton without a GPU: exact interpretation, a probe, and compilation in a worker process."""

@@ -1,0 +1,327 @@
+"""The process that runs blocks: `python -m mdproof.worker [library ...]`, jobs in, events out.
+
+It imports the named libraries once and forks a child for each job, so that a page starts as from
+an empty interpreter but does not wait for `import torch`. A job is a line of JSON on standard
+input; the child answers with a line of JSON for each block it starts and ends, and the parent with
+one when the child is gone, however it went. Only the standard library is imported here.
+"""
+
+import ast
+import contextlib
+import doctest
+import faulthandler
+import importlib
+import inspect
+import io
+import json
+import linecache
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mdproof import figures
+
+OUTPUT_LIMIT = 100_000
+"""Characters that one block may print."""
+
+
+class _FailedError(Exception):
+    """A block did what it must not; the message says what."""
+
+
+class _Files:
+    """Records the files of the repository that the page opens."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = f"{root}{os.sep}"
+        self.seen: set[str] = set()
+        sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, args: tuple[Any, ...]) -> None:
+        if event != "open" or not isinstance(args[0], str | os.PathLike):
+            return
+        path = os.path.abspath(os.fspath(args[0]))
+        if path.startswith(self.root) and not path.endswith((".py", ".pyc", ".md")):
+            below = path[len(self.root) :]
+            if not below.startswith((".", "src" + os.sep + "mdproof")) and os.path.isfile(path):
+                self.seen.add(below.replace(os.sep, "/"))
+
+
+class Page:
+    """One namespace, a real module, in which blocks run in order."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        self.file: str = job["file"]
+        self.packages = tuple(job["packages"])
+        self.files = _Files(Path(job["root"]))
+        self.launches: list[Any] | None = None
+        self._stack = contextlib.ExitStack()
+        module = types.ModuleType(job["name"])
+        module.__file__ = self.file
+        sys.modules[job["name"]] = module
+        self.namespace = module.__dict__
+        # Tracebacks, inspect.getsource and Triton read the page as if it were this program.
+        lines = [f"{line}\n" for line in job["program"].splitlines()]
+        linecache.cache[self.file] = (len(job["program"]), None, lines, self.file)
+
+    def run(self, block: dict[str, Any]) -> dict[str, Any]:
+        """Run one block and return what it did."""
+        out = io.StringIO()
+        started = time.perf_counter()
+        outputs: list[dict[str, Any]] = []
+        error: dict[str, Any] | None = None
+        value_text = ""
+        mark = 0
+        with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(out):
+            warnings.simplefilter("default")
+            try:
+                value_text, mark = self._execute(block, out)
+            except BaseException as raised:
+                error = self._explain(raised, block)
+        text = out.getvalue()[mark:]
+        if error is None:
+            error = self._complain(caught, len(text) + len(value_text), block)
+        if text:
+            outputs.append({"type": "stdout", "text": text})
+        if value_text:
+            outputs.append({"type": "value", "text": value_text})
+        drawn = figures.take()
+        outputs += [{"type": "figure", "svg": svg} for svg in drawn]
+        launches, self_launches = [], self.launches
+        if self_launches:
+            launches = [dict(launch) for launch in self_launches]
+            self_launches.clear()
+        return {
+            "outputs": outputs,
+            "error": error,
+            "seconds": time.perf_counter() - started,
+            "modules": self._modules(),
+            "files": sorted(self.files.seen),
+            "names": self._resolve(block),
+            "launches": launches,
+        }
+
+    def _execute(self, block: dict[str, Any], out: io.StringIO) -> tuple[str, int]:
+        if block["kind"] == "doctest":
+            self._doctest(block)
+            return "", 0
+        tree = ast.parse(block["code"], self.file)
+        ast.increment_lineno(tree, block["first"] - 1)
+        mark, value = 0, None
+        split = block.get("split", 0)
+        for position, node in enumerate(tree.body):
+            if split and node.lineno >= split and mark == 0:
+                mark, split = out.tell(), 0
+                figures.take()
+            last = position == len(tree.body) - 1
+            if last and isinstance(node, ast.Expr):
+                code = compile(ast.Expression(node.value), self.file, "eval", dont_inherit=True)
+                value = eval(code, self.namespace)
+            else:
+                code = compile(ast.Module([node], []), self.file, "exec", dont_inherit=True)
+                exec(code, self.namespace)
+            self._watch_triton()
+        if value is None or _is_drawing(value):
+            return "", mark
+        return repr(value), mark
+
+    def _watch_triton(self) -> None:
+        if self.launches is None and "triton.runtime.interpreter" in sys.modules:
+            with contextlib.suppress(ImportError):
+                from mdproof.triton import launches
+
+                self.launches = self._stack.enter_context(launches.record())
+
+    def _doctest(self, block: dict[str, Any]) -> None:
+        test = doctest.DocTestParser().get_doctest(
+            block["code"], self.namespace, "block", self.file, block["first"] - 1
+        )
+        test.globs = self.namespace
+        report = io.StringIO()
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.REPORT_NDIFF
+        runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            failed = runner.run(test, out=report.write, clear_globs=False).failed
+        if failed:
+            raise _FailedError("doctest: " + " ".join(report.getvalue().split("\n", 4)[-1].split()))
+
+    def _explain(self, raised: BaseException, block: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(raised, SystemExit):
+            raised = _FailedError(f"the block leaves the interpreter: SystemExit({raised.code!r})")
+        if isinstance(raised, MemoryError):
+            raised = _FailedError("the block needs more memory than the limit allows")
+        frames = [
+            (frame.filename, frame.lineno or 0, (frame.line or "").strip())
+            for frame in traceback.extract_tb(raised.__traceback__)
+        ]
+        line = next((no for name, no, _ in reversed(frames) if name == self.file), 0)
+        if isinstance(raised, SyntaxError) and raised.filename == self.file:
+            # Parsed alone, so its line counts from the block's first.
+            line = (raised.lineno or 1) + (block["first"] - 1 if not frames or not line else 0)
+        root = self.job["root"] + os.sep
+        kind = type(raised).__name__ if not isinstance(raised, _FailedError) else ""
+        return {
+            "type": kind,
+            "kinds": [base.__name__ for base in type(raised).__mro__],
+            "message": str(raised),
+            "line": line or block["first"],
+            "frames": [
+                [name.removeprefix(root), number, text]
+                for name, number, text in frames
+                if name.startswith(root) and f"{os.sep}mdproof{os.sep}" not in name
+                if f"{os.sep}site-packages{os.sep}" not in name
+            ],
+        }
+
+    def _complain(
+        self, caught: list[warnings.WarningMessage], printed: int, block: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Turn a warning that our own code caused, or a flood of output, into a failure."""
+        if printed > OUTPUT_LIMIT:
+            return self._explain(_FailedError(f"prints {printed} characters"), block)
+        root = self.job["root"] + os.sep
+        for warning in caught:
+            ours = warning.filename == self.file or (
+                warning.filename.startswith(root)
+                and f"{os.sep}site-packages{os.sep}" not in warning.filename
+            )
+            if ours:
+                text = f"{warning.category.__name__}: {warning.message}"
+                explained = self._explain(_FailedError(f"warns: {' '.join(text.split())}"), block)
+                if warning.filename == self.file:
+                    explained["line"] = warning.lineno
+                return explained
+        return None
+
+    def _modules(self) -> list[str]:
+        return sorted(
+            name
+            for name, module in list(sys.modules.items())
+            if name.partition(".")[0] in self.packages and getattr(module, "__file__", None)
+        )
+
+    def _resolve(self, block: dict[str, Any]) -> dict[str, str]:
+        """Return the repository's objects that the block's names stand for, by dotted name."""
+        if block["kind"] == "doctest":
+            return {}
+        with contextlib.suppress(SyntaxError):
+            found: dict[str, str] = {}
+            for node in ast.walk(ast.parse(block["code"])):
+                for text, value in self._objects(node):
+                    dotted = _dotted(value)
+                    if dotted.partition(".")[0] in self.packages:
+                        found[text] = dotted
+            return dict(sorted(found.items()))
+        return {}
+
+    def _objects(self, node: ast.AST) -> Iterator[tuple[str, Any]]:
+        if isinstance(node, ast.Name) and node.id in self.namespace:
+            yield node.id, self.namespace[node.id]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            base = self.namespace.get(node.value.id)
+            if isinstance(base, types.ModuleType | type) and node.attr in vars(base):
+                yield node.attr, vars(base)[node.attr]
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            for alias in node.names:
+                name = alias.asname or alias.name
+                if name in self.namespace:
+                    yield alias.name, self.namespace[name]
+
+
+def _is_drawing(value: Any) -> bool:
+    """Tell whether a final expression's value is only a handle of something drawn."""
+    values = value if isinstance(value, list | tuple) and value else [value]
+    return all(type(item).__module__.startswith("matplotlib.") for item in values)
+
+
+def _dotted(value: Any) -> str:
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    value = getattr(value, "fn", value)  # a Triton kernel
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    callable_ = inspect.isclass(value) or inspect.isroutine(value) or hasattr(value, "__code__")
+    return f"{module}.{name}" if callable_ and isinstance(module, str) and name else ""
+
+
+def _limit_memory(mebibytes: int) -> None:
+    with contextlib.suppress(OSError, ValueError, FileNotFoundError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (mebibytes << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _child(job: dict[str, Any], channel: int, stderr: int) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.dup2(stderr, 2)
+    faulthandler.enable()
+    sys.stdin, sys.stdout = os.fdopen(0, "r", closefd=False), os.fdopen(1, "w", closefd=False)
+
+    def say(**event: Any) -> None:
+        data = (json.dumps(event, ensure_ascii=False) + "\n").encode()
+        while data:
+            data = data[os.write(channel, data) :]
+
+    with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
+        os.chdir(folder)
+        _limit_memory(job["memory"])
+        sys.argv = [job["file"]]
+        page = Page(job)
+        for block in job["blocks"]:
+            say(event="start", block=block["index"])
+            result = page.run(block)
+            say(event="done", block=block["index"], **result)
+            if result["error"] is not None and not _expected(result["error"], block):
+                break
+        os.chdir("/")
+    say(event="end")
+
+
+def _expected(error: dict[str, Any], block: dict[str, Any]) -> bool:
+    return bool(block.get("raises")) and block["raises"] in error["kinds"]
+
+
+def serve(libraries: list[str]) -> None:
+    """Read jobs until standard input closes."""
+    channel = os.dup(1)
+    os.dup2(2, 1)
+    for name in libraries:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    for line in sys.stdin:
+        job = json.loads(line)
+        stderr = os.open(job["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                _child(job, channel, stderr)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        os.close(stderr)
+        os.write(channel, json.dumps({"event": "forked", "pid": pid}).encode() + b"\n")
+        _, status = os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)  # what the page left running
+        code = os.waitstatus_to_exitcode(status)
+        os.write(channel, json.dumps({"event": "exit", "status": code}).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])
