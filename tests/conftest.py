@@ -1,11 +1,16 @@
 """One set-up for every test: shapes are checked, kernels are interpreted, threads are few."""
 
+import json
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+import pytest
 from jaxtyping import install_import_hook
 
 SRC = Path(__file__).parents[1] / "src"
@@ -19,3 +24,41 @@ install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+@pytest.fixture(autouse=True)
+def _exact_interpreter() -> None:
+    """Make bfloat16 and fp8 right in Triton's interpreter, for tests that loaded it."""
+    if "triton.runtime.interpreter" in sys.modules:
+        from mdproof.triton.interpreter import install
+
+        install()
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill fresh memory with NaN: an output that is not written, or a tail that is read, shows."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Callable[..., list[dict[str, Any]]]:
+    """Compile recorded launches in a worker process; the same job is done once a session."""
+    from mdproof.triton.compiling import compile_launches
+
+    done: dict[str, list[dict[str, Any]]] = {}
+
+    def compile_once(launches: list[dict[str, Any]], **kwargs: Any) -> list[dict[str, Any]]:
+        key = json.dumps([launches, kwargs], sort_keys=True)
+        if key not in done:
+            done[key] = compile_launches(launches, **kwargs)
+        return done[key]
+
+    return compile_once

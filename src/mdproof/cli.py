@@ -81,10 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    if given.command == "status":
-        return status(site)
-    pages = [page.removeprefix(f"{site.docs.name}/") for page in given.pages]
-    return prove(site, pages, everything=given.all or bool(pages))
+    try:
+        if given.command == "status":
+            return status(site)
+        pages = [page.removeprefix(f"{site.docs.name}/") for page in given.pages]
+        return prove(site, pages, everything=given.all or bool(pages))
+    except PageError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -61,35 +61,48 @@ def split_front_matter(text: str) -> tuple[str, int]:
 
 
 class _Visible(HTMLParser):
-    """Gathers the text outside code, to see whether a fence was left lying there."""
+    """Gathers what stands outside code blocks, to see whether a fence was left lying there.
+
+    A fence whose options cannot be parsed comes out as inline code over several lines.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.depth = 0
-        self.text: list[str] = []
+        self.open: list[str] = []
+        self.lost = False
         self.blocks: list[int] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ("pre", "code", "script", "style"):
-            self.depth += 1
+            self.open.append(tag)
         number = dict(attrs).get("data-mdproof-block")
         if number:
             self.blocks.append(int(number))
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("pre", "code", "script", "style"):
-            self.depth = max(0, self.depth - 1)
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
 
     def handle_data(self, data: str) -> None:
-        if not self.depth:
-            self.text.append(data)
+        if not self.open:
+            self.lost |= "```" in data or "~~~" in data
+        elif self.open == ["code"]:
+            self.lost |= "\n" in data.strip()
 
 
 def make_pipeline(site: Site) -> Markdown:
-    """Return the Markdown converter that `mkdocs.yml` describes."""
+    """Return the Markdown converter that `mkdocs.yml` describes.
+
+    Raises:
+        PageError: If an extension that it lists is not installed.
+    """
     mkdocs: dict[str, Any] = site.settings["mkdocs"]
     names, options = markdown_extensions(mkdocs)
-    md = Markdown(extensions=names, extension_configs=options)
+    try:
+        md = Markdown(extensions=names, extension_configs=options)
+    except ModuleNotFoundError as error:
+        raise PageError("mkdocs.yml", 1, f"a Markdown extension is missing: {error}") from None
     md.mdproof_collecting = True  # type: ignore[attr-defined]
     return md
 
@@ -122,7 +135,7 @@ def collect(site: Site, page: str, md: Markdown | None = None) -> Collected:
     for block in state.blocks:
         if block.index not in rendered:
             raise PageError(file, block.line, "this fence is shown as indented text, not as code")
-    if "```" in "".join(visible.text) or "~~~" in "".join(visible.text):
+    if visible.lost:
         raise PageError(file, _lost(text), "this fence is not closed, or its options are malformed")
     for language, line in state.listings:
         if not language and site.settings.get("require_language", True):

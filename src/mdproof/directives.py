@@ -39,12 +39,12 @@ _WORDS = {
         "published": "发表于 {}",
         "updated": "更新于 {}",
         "first": "先读：",
+        "tags": "标签：",
+        "list": "、",
         "no_use": "还没有文章用到它。",
         "block": "第 {} 段",
         "tests": "{} 项测试",
         "no_tests": "没有直接的测试。",
-        "articles": "文章",
-        "evidence": "测试",
         "page": "页面",
         "passed": "已验证",
         "unrun": "不运行",
@@ -55,7 +55,6 @@ _WORDS = {
         "total": "合计",
         "excuses": "不运行或不比对的代码段，以及各自的理由：",
         "no_excuses": "全站没有不运行或不比对的代码段。",
-        "stop": "。",
     },
     "en": {
         "minutes": "{} min read",
@@ -66,12 +65,12 @@ _WORDS = {
         "published": "published {}",
         "updated": "updated {}",
         "first": "Read first: ",
+        "tags": "Tags: ",
+        "list": ", ",
         "no_use": "No article uses it yet.",
         "block": "block {}",
         "tests": "{} tests",
         "no_tests": "No test names it.",
-        "articles": "Articles",
-        "evidence": "Tests",
         "page": "Page",
         "passed": "Verified",
         "unrun": "Not run",
@@ -82,7 +81,6 @@ _WORDS = {
         "total": "Total",
         "excuses": "Blocks that are not run or not compared, with their reasons:",
         "no_excuses": "Every block of this site is run and compared.",
-        "stop": ".",
     },
 }
 
@@ -154,7 +152,7 @@ class _Writer:
         lines = ['<div class="usage" markdown="1">', ""]
         for dotted in objects:
             links = [self._article_link(page, block) for page, block in articles.get(dotted, ())]
-            where = "、".join(links) if links else self.words["no_use"]
+            where = self.words["list"].join(links) if links else self.words["no_use"]
             lines += [f"[`{dotted.rpartition('.')[2]}`][{dotted}]", f":   {where}", ""]
             files = tests.get(dotted, {})
             if not files:
@@ -174,7 +172,8 @@ class _Writer:
             raise _DirectiveError("takes no argument")
         words = self.words
         columns = ("page", "passed", "varying", "unrun", "stale", "date", "seconds")
-        lines = ["| " + " | ".join(words[name] for name in columns) + " |"]
+        lines = ['<div class="verification-table" markdown="1">', ""]
+        lines += ["| " + " | ".join(words[name] for name in columns) + " |"]
         lines += ["| --- | --: | --: | --: | --: | --- | --: |"]
         excuses: list[str] = []
         totals = [0, 0, 0, 0]
@@ -195,6 +194,7 @@ class _Writer:
                         for block, reason in getattr(state, kind)
                     ]
         lines += [f"| **{words['total']}** | " + " | ".join(map(str, totals)) + " | | |", ""]
+        lines += ["</div>", ""]
         if excuses:
             return [*lines, words["excuses"], "", *excuses]
         return [*lines, words["no_excuses"]]
@@ -233,7 +233,11 @@ class _Writer:
         lines += ['<span class="article-sep"> · </span>'.join(facts), ""]
         if article.prerequisites:
             lines += [self._prerequisites(article), ""]
-        return [*lines, "</div>", ""]
+        lines += ["</div>", ""]
+        if article.tags:  # outside the box, so that the search knows them
+            tags = html.escape(words["list"].join(article.tags))
+            lines += [f'<p class="article-tags">{words["tags"]}{tags}</p>', ""]
+        return lines
 
     # Parts.
 
@@ -254,7 +258,7 @@ class _Writer:
         return [*lines, "</div>", ""]
 
     def _prerequisites(self, article: Article) -> str:
-        return self.words["first"] + "、".join(
+        return self.words["first"] + self.words["list"].join(
             f"[{_short(read_article(self.site, f'{room}.md').title)}]({self._to(f'{room}.md')})"
             for room in article.prerequisites
         )

@@ -166,7 +166,7 @@ def _flat(node: ElementTree.Element) -> str:
             return f"{_group(inside)}^(1/{degree})"
         case "mtr", _:
             return " ".join(parts) + "; "
-        case ("mi" | "mn" | "mtext" | "ms"), _:
+        case (("mi" | "mn" | "mtext" | "ms"), _):
             return node.text or ""
         case "mo", _:
             sign = node.text or ""

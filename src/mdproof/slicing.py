@@ -43,22 +43,27 @@ class Statement:
         text: Its source, decorators and the comments right above it included.
         block: Number of the block that it stands in.
         reads: Module-level names that it, or a function in it, looks up.
+        later: Those of them that a function in it looks up when it is called.
+        assigns: Module-level names that a function in it binds when it is called.
         binds: Names that it may bind.
         kills: Names that it certainly binds anew.
         touches: Names whose objects it changes, as far as `slice` believes.
         may_touch: Names whose objects it could change.
-        ambient: Whether it changes something that every later statement sees.
+        ambient: Names of modules in which it changes something that every later statement feels;
+            "" if it does so for certain.
     """
 
     node: ast.stmt
     text: str
     block: int
     reads: frozenset[str]
+    later: frozenset[str]
+    assigns: frozenset[str]
     binds: frozenset[str]
     kills: frozenset[str]
     touches: frozenset[str]
     may_touch: frozenset[str]
-    ambient: bool
+    ambient: frozenset[str]
 
 
 def _scopes(table: symtable.SymbolTable) -> Iterable[symtable.SymbolTable]:
@@ -67,25 +72,40 @@ def _scopes(table: symtable.SymbolTable) -> Iterable[symtable.SymbolTable]:
         yield from _scopes(child)
 
 
-def _names(text: str, node: ast.stmt) -> tuple[set[str], set[str]]:
-    """Return the module-level names that a statement reads and may bind."""
+@dataclass
+class _Names:
+    reads: set[str]
+    later: set[str]
+    assigns: set[str]
+    binds: set[str]
+
+
+def _names(text: str, node: ast.stmt) -> _Names:
+    """Return the module-level names that a statement looks up and binds, now and when called."""
     table = symtable.symtable(text, "block", "exec")
-    reads = {s.get_name() for s in table.get_symbols() if s.is_referenced()}
-    binds = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    found = _Names(
+        reads={s.get_name() for s in table.get_symbols() if s.is_referenced()},
+        later=set(),
+        assigns=set(),
+        binds={s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()},
+    )
     for scope in _scopes(table):
         for symbol in scope.get_symbols():
+            name = symbol.get_name()
             if symbol.is_global() and symbol.is_referenced():
-                reads.add(symbol.get_name())
+                found.reads.add(name)
+                if scope.get_type() == "function":
+                    found.later.add(name)
             if symbol.is_declared_global() and symbol.is_assigned():
-                binds.add(symbol.get_name())
-                reads.add(symbol.get_name())
+                found.assigns.add(name)
     for part in ast.walk(node):
         if isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name):
-            reads.add(part.target.id)
+            found.reads.add(part.target.id)
         if isinstance(part, ast.Delete):
-            reads |= {t.id for t in part.targets if isinstance(t, ast.Name)}
-            binds |= {t.id for t in part.targets if isinstance(t, ast.Name)}
-    return reads, binds
+            gone = {target.id for target in part.targets if isinstance(target, ast.Name)}
+            found.reads |= gone
+            found.binds |= gone
+    return found
 
 
 def _certain(node: ast.stmt) -> set[str]:
@@ -198,20 +218,32 @@ def _changes(node: ast.stmt, *, is_last: bool) -> tuple[set[str], set[str]]:
     return surely, possibly | surely
 
 
-def _is_ambient(node: ast.stmt) -> bool:
+def _ambient(node: ast.stmt) -> set[str]:
+    """Return the modules whose global state a statement sets, "" for the environment.
+
+    `torch.manual_seed(0)` seeds the world, `torch.Generator().manual_seed(0)` an object; whether
+    `r.seed(0)` does, depends on what `r` is, and is decided where that is known.
+    """
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return False
+        return set()
+    found: set[str] = set()
     for part in _own(node):
         if isinstance(part, ast.Call) and _call_name(part) in _AMBIENT_CALLS:
-            # `torch.Generator().manual_seed(0)` seeds an object, `torch.manual_seed(0)` the world.
             receiver = part.func.value if isinstance(part.func, ast.Attribute) else part.func
-            if isinstance(receiver, ast.Name | ast.Attribute) and isinstance(node, ast.Expr):
-                return True
-        if isinstance(part, ast.Attribute) and part.attr in ("environ", "rcParams"):
-            return not isinstance(node, ast.Assign) or any(
-                isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets
-            )
-    return False
+            if isinstance(receiver, ast.Name | ast.Attribute):
+                found |= {name for name in [_base(receiver)] if name}
+        targets: Sequence[ast.expr] = ()
+        if isinstance(part, ast.Assign | ast.Delete):
+            targets = part.targets
+        elif isinstance(part, ast.AugAssign):
+            targets = (part.target,)
+        elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
+            targets = (part.func.value,)
+        for target in targets:
+            inner = [n for n in ast.walk(target) if isinstance(n, ast.Attribute)]
+            if any(n.attr in ("environ", "rcParams") for n in inner):
+                found.add("")
+    return found
 
 
 def _text_of(lines: Sequence[str], node: ast.stmt, floor: int) -> str:
@@ -239,19 +271,21 @@ def read_statements(code: str, block: int) -> list[Statement]:
     for node in body:
         text = _text_of(lines, node, floor)
         floor = node.end_lineno or floor
-        reads, binds = _names(text, node)
+        names = _names(text, node)
         surely, possibly = _changes(node, is_last=node is body[-1])
         found.append(
             Statement(
                 node=node,
                 text=text,
                 block=block,
-                reads=frozenset(reads),
-                binds=frozenset(binds),
+                reads=frozenset(names.reads),
+                later=frozenset(names.later),
+                assigns=frozenset(names.assigns),
+                binds=frozenset(names.binds),
                 kills=frozenset(_certain(node)),
                 touches=frozenset(surely),
                 may_touch=frozenset(possibly),
-                ambient=_is_ambient(node),
+                ambient=frozenset(_ambient(node)),
             )
         )
     return found
@@ -284,25 +318,59 @@ def _reduced_import(statement: Statement, live: set[str]) -> str:
     return ast.unparse(ast.ImportFrom(module=node.module, names=wanted, level=node.level))
 
 
+class _Calls:
+    """What a mere look at a name may lead to, if it stands for something that can be called.
+
+    A function looks names up, and may bind some, at the time of the call; whoever holds it, by
+    whatever name, or an object of a class that does, may call it.
+    """
+
+    def __init__(self, statements: Sequence[Statement]) -> None:
+        self.later: dict[str, set[str]] = {}
+        self.assigns: dict[str, set[str]] = {}
+        changed = True
+        while changed:
+            changed = False
+            for statement in statements:
+                later = set(statement.later) | self.looked_up(statement.reads)
+                assigns = set(statement.assigns) | self.bound(statement.reads)
+                for name in statement.binds | statement.touches:
+                    for known, new in ((self.later, later), (self.assigns, assigns)):
+                        old = known.setdefault(name, set())
+                        changed |= not new <= old
+                        old |= new
+
+    def looked_up(self, names: Iterable[str]) -> set[str]:
+        """Return the names that calling these may look up."""
+        return {found for name in names for found in self.later.get(name, ())}
+
+    def bound(self, names: Iterable[str]) -> set[str]:
+        """Return the names that calling these may bind."""
+        return {found for name in names for found in self.assigns.get(name, ())}
+
+
 def _backward(
-    earlier: Sequence[Statement], live: set[str], *, wide: bool, calls: dict[str, set[str]]
+    earlier: Sequence[Statement], live: set[str], *, wide: bool, calls: _Calls, modules: set[str]
 ) -> _Walk:
-    walk = _Walk(live=set(live))
+    walk = _Walk(live=set(live) | calls.looked_up(live))
     for statement in reversed(earlier):
         touches = set(statement.may_touch if wide else statement.touches)
-        if wide:
-            for name in statement.reads & calls.keys():
-                touches |= calls[name]
+        defines = isinstance(statement.node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if not defines:
+            touches |= calls.bound(statement.reads)
+        if wide and not defines:
+            touches |= calls.looked_up(statement.reads)
         star = isinstance(statement.node, ast.ImportFrom) and any(
             alias.name == "*" for alias in statement.node.names
         )
-        if not (statement.binds & walk.live or touches & walk.live or statement.ambient or star):
+        felt = statement.ambient & ({""} | modules)
+        if not (statement.binds & walk.live or touches & walk.live or felt or star):
             continue
         walk.kept.append(
             _reduced_import(statement, walk.live) if _is_import(statement.node) else statement.text
         )
         walk.live -= statement.kills
-        walk.live |= statement.reads
+        walk.live |= statement.reads | calls.looked_up(statement.reads)
     walk.kept.reverse()
     return walk
 
@@ -331,15 +399,12 @@ def close(earlier: Sequence[Statement], block: Sequence[Statement], *, level: st
         raise ValueError(f"level is {level!r}; known are {', '.join(LEVELS)}")
     if level == "all":
         return [statement.text for statement in earlier]
-    calls = {
-        statement.node.name: set(statement.reads)
-        for statement in earlier
-        if isinstance(statement.node, ast.FunctionDef | ast.ClassDef)
-    }
+    calls = _Calls([*earlier, *block])
+    modules = {name for s in earlier if _is_import(s.node) for name in s.binds}
     bound = {name for statement in earlier for name in statement.binds}
     live = needed_before(block)
     while True:
-        walk = _backward(earlier, live, wide=level == "wide", calls=calls)
+        walk = _backward(earlier, live, wide=level == "wide", calls=calls, modules=modules)
         # A kept function may call one that is defined after it; that name is needed at the end too.
         missing = (walk.live & bound) - _BUILTINS - live
         if not missing:

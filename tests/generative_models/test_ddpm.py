@@ -276,14 +276,13 @@ def test_ddpm_sample_keeps_the_chain_in_the_order_of_time():
     assert_exact(chain[3], x_T)
 
 
-def test_noise_mlp_hears_the_time_through_sines_and_cosines():
+def test_noise_mlp_hears_the_time_and_adds_a_gated_copy_of_its_input():
     model = NoiseMLP(n_pixels=3, width=8, n_frequencies=2)
-    x_t, t = torch.zeros(2, 3), torch.tensor([5, 50])
-    rows = [
-        [0.0] * 3 + [f(w * s) for f in (math.sin, math.cos) for w in (1.0, 1e-4)] for s in (5, 50)
-    ]
-    assert_float32(model(x_t, t), model.layers(torch.tensor(rows)))
-    assert not torch.equal(model(x_t, t)[0], model(x_t, t)[1])
+    x_t, times = normal(2, 3).float(), (5, 50)
+    waves = [[f(w * t) for f in (math.sin, math.cos) for w in (1.0, 1e-4)] for t in times]
+    out = model.layers(torch.cat([x_t, torch.tensor(waves)], dim=1))
+    assert_float32(model(x_t, torch.tensor(times)), out[:, :3] + out[:, 3:] * x_t)
+    assert not torch.equal(model(x_t, torch.tensor((5, 6)))[1], model(x_t, torch.tensor(times))[1])
 
 
 def test_noise_mlp_learns_the_noise_of_a_point():

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-
 from tests.closeness import assert_float32
+
 from zhizhi.large_models.dpo import dpo_loss, hinge_loss, implicit_reward, sequence_log_probs
 
 pytestmark = pytest.mark.parity

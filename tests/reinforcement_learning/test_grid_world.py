@@ -67,6 +67,27 @@ V_STAR_MILD = [  # Fig. 3.4(a): r_forbidden = -1
     [8.0, 10.0, 10.0, 10.0, 8.0],
     [7.2, 9.0, 10.0, 9.0, 8.1],
 ]
+V_GREEDY_10 = [  # Fig. 5.6(b), and 5.7(b): the good policy made 0.1-greedy is the best of its kind
+    [0.4, 0.5, 0.9, 1.3, 1.4],
+    [0.1, 0.0, 0.5, 1.3, 1.7],
+    [0.1, -0.4, 3.4, 1.4, 1.9],
+    [-0.1, 3.4, 3.3, 3.7, 2.2],
+    [-0.3, 2.6, 3.7, 3.1, 2.7],
+]
+V_GREEDY_20 = [  # Fig. 5.6(c)
+    [-2.2, -2.4, -2.1, -1.7, -1.8],
+    [-2.5, -3.0, -3.3, -2.3, -2.0],
+    [-2.3, -3.3, -2.5, -2.8, -2.2],
+    [-2.5, -2.5, -2.8, -2.0, -2.4],
+    [-2.8, -3.2, -2.1, -2.3, -2.2],
+]
+V_STAR_20 = [  # Fig. 5.7(c)
+    [-1.1, -1.5, -1.1, -0.6, -0.6],
+    [-1.5, -2.2, -2.3, -1.0, -0.6],
+    [-1.2, -2.4, -2.2, -1.5, -0.6],
+    [-1.6, -2.3, -2.6, -1.4, -1.1],
+    [-2.0, -3.0, -1.8, -1.4, -1.0],
+]
 V_GREEDY_50 = [  # Fig. 5.6(d): the good policy made 0.5-greedy
     [-8.0, -9.0, -8.4, -7.2, -7.8],
     [-8.7, -10.8, -12.4, -9.6, -8.9],
@@ -140,18 +161,24 @@ def test_optimal_values_are_those_of_figure_3_4():
 
 
 def test_only_the_sum_reproduces_the_epsilon_greedy_figures():
-    policy = 0.5 * policy_from_arrows(GOOD) + 0.5 / 5
+    good = policy_from_arrows(GOOD)
     misses = {}
     for rule in ("boundary", "cell", "sum"):
         mdp = book_grid_world(r_forbidden=-10.0, bounce_reward=rule)
-        pairs = (
-            (policy_evaluation(mdp, policy), V_GREEDY_50),
-            (best_values(mdp, epsilon=0.5), V_STAR_50),
-        )
-        misses[rule] = [
-            int(((v.view(5, 5) - torch.tensor(table)).abs() > PRINTED).sum()) for v, table in pairs
+        pairs = [
+            (policy_evaluation(mdp, (1 - epsilon) * good + epsilon / 5), table)
+            for epsilon, table in ((0.1, V_GREEDY_10), (0.2, V_GREEDY_20), (0.5, V_GREEDY_50))
+        ] + [
+            (best_values(mdp, epsilon=epsilon), table)
+            for epsilon, table in ((0.1, V_GREEDY_10), (0.2, V_STAR_20), (0.5, V_STAR_50))
         ]
-    assert misses == {"boundary": [23, 9], "cell": [5, 2], "sum": [0, 0]}
+        gaps = [(v.view(5, 5) - torch.tensor(table)).abs() for v, table in pairs]
+        misses[rule] = [int((gap > PRINTED).sum()) for gap in gaps]
+    # Of 150 numbers one stays: cell (3, 1) of Fig. 5.7(c) prints -1.2 where the sum gives -1.134.
+    assert misses["sum"] == [0, 0, 0, 0, 1, 0]
+    assert abs(gaps[4][2, 0].item() - 0.066) < 1e-3
+    assert misses["cell"] == [0, 0, 5, 0, 2, 2]
+    assert misses["boundary"] == [1, 1, 23, 1, 3, 9]
 
 
 def test_the_bounce_rules_differ_in_one_number_and_not_without_exploration():
@@ -274,9 +301,8 @@ def test_cells_off_the_grid_and_a_forbidden_target_are_refused():
 
 
 def test_an_unknown_arrow_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^'x' is no action: every character must be one of ↑→↓←○"
-    ):
+    message = "'x' is no action: every character must be one of ↑→↓←○."
+    with pytest.raises(ValueError, match=f"^{message}$"):
         policy_from_arrows(["→x"])
 
 

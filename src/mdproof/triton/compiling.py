@@ -38,7 +38,9 @@ def compile_launches(
         RuntimeError: If Triton is missing or the worker fails.
     """
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("Triton is not installed; kernels are compiled with the extra zhizhi[gpu].")
+        raise RuntimeError(
+            "Triton is not installed; kernels are compiled with the extra zhizhi[gpu]."
+        )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= _REPRODUCIBLE
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)

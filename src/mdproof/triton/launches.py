@@ -42,7 +42,9 @@ def _constant(value: Any, name: str) -> Any:
         return {"dtype": value.name}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(f"{name} is {type(value).__name__}; a compile-time value is a number, text or None.")
+    raise ValueError(
+        f"{name} is {type(value).__name__}; a compile-time value is a number, text or None."
+    )
 
 
 def _describe(value: Any, name: str, *, specialise: bool) -> tuple[str, Any]:

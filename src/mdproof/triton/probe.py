@@ -86,7 +86,9 @@ class _Launch:
         inside = (at >= 0) & (addresses + np.uint64(width) <= self.last[np.maximum(at, 0)])
         return at, inside
 
-    def conflict(self, addresses: np.ndarray, at: np.ndarray, width: int, *, stores: bool) -> str | None:
+    def conflict(
+        self, addresses: np.ndarray, at: np.ndarray, width: int, *, stores: bool
+    ) -> str | None:
         """Enter one access into the books; return the sentence of a race, or None."""
         sentence = None
         for index in np.unique(at):

@@ -43,7 +43,9 @@ def _source(launch: dict[str, Any]) -> ASTSource:
         fn=kernel,
         signature=launch["signature"],
         constexprs={name: _constant(value) for name, value in launch["constants"].items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch["divisible_by_16"]},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]] for name in launch["divisible_by_16"]
+        },
     )
 
 

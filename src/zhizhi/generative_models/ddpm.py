@@ -331,7 +331,13 @@ def ddpm_sample(
 
 
 class NoiseMLP(nn.Module):
-    r"""Predict the noise in flat data: three hidden layers, told the time by sines and cosines.
+    r"""Predict the noise in flat data with three hidden layers.
+
+    $$
+    \epsilon_\theta(x_t, t) = c + g \odot x_t, \qquad (c, g) = \operatorname{MLP}(x_t, \sin, \cos)
+    $$
+
+    The gated copy of the input spares the layers the easy part: at large t, x_t is the noise.
 
     Args:
         n_pixels: Width of the data.
@@ -350,7 +356,7 @@ class NoiseMLP(nn.Module):
     def __init__(self, *, n_pixels: int, width: int = 256, n_frequencies: int = 32) -> None:
         super().__init__()
         self.register_buffer("frequency", torch.logspace(0, -4, n_frequencies))
-        sizes = [n_pixels + 2 * n_frequencies, width, width, width, n_pixels]
+        sizes = [n_pixels + 2 * n_frequencies, width, width, width, 2 * n_pixels]
         linear = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         self.layers = nn.Sequential(*(m for f in linear[:-1] for m in (f, nn.SiLU())), linear[-1])
 
@@ -359,7 +365,9 @@ class NoiseMLP(nn.Module):
     ) -> Float[Tensor, "B pixels"]:
         """Return the predicted noise."""
         angle = t[:, None] * self.frequency
-        return self.layers(torch.cat([x_t, angle.sin(), angle.cos()], dim=-1))
+        out = self.layers(torch.cat([x_t, angle.sin(), angle.cos()], dim=-1))
+        shift, gain = out.chunk(2, dim=-1)
+        return shift + gain * x_t
 
 
 def _as(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -201,14 +201,15 @@ def flash_attention(
     """
     _check_positive(block_q=block_q, block_k=block_k)
     T, S = q.shape[-2], k.shape[-2]
-    out, lse = v.new_zeros(*q.shape[:-1], v.shape[-1]), torch.full_like(q[..., 0], -torch.inf)
+    out, lse = v.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty_like(q[..., 0])
     for i in range(0, T, block_q):
         rows = slice(i, min(i + block_q, T))
         q_i = q[..., rows, :]
-        state = SoftmaxState(lse[..., rows], torch.zeros_like(lse[..., rows]), out[..., rows, :])
+        state = _empty_state(q_i, v)
         for j in _key_tiles(rows.stop, T, S, causal=causal, block=block_k):
             cols = slice(j, min(j + block_k, S))
-            tile = attend_tile(q_i, k[..., cols, :], v[..., cols, :], _visible(rows, cols, S - T, q) if causal else None)
+            visible = _visible(rows, cols, S - T, q) if causal else None
+            tile = attend_tile(q_i, k[..., cols, :], v[..., cols, :], visible)
             state = merge_states(state, tile)
         out[..., rows, :], lse[..., rows] = finish_state(state)
     return out, lse
@@ -324,7 +325,9 @@ def flash_attention_varlen(
         raise ValueError(f"q has {H} heads and k has {G}: {G} must divide {H}.")
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] != N or sorted(bounds) != bounds:
-        raise ValueError(f"cu_seqlens is {bounds}; it must ascend from 0 to {N}, the number of rows.")
+        raise ValueError(
+            f"cu_seqlens is {bounds}; it must ascend from 0 to {N}, the number of rows."
+        )
     q_h = rearrange(q, "N H Dh -> H N Dh")
     k_h = repeat(k, "N G Dh -> (G P) N Dh", P=H // G)
     v_h = repeat(v, "N G Dv -> (G P) N Dv", P=H // G)
@@ -388,33 +391,15 @@ def flash_hbm_accesses(T: int, Dh: int, *, M: int) -> int:
     return count
 
 
-def flash2_hbm_accesses(T: int, Dh: int, *, block_q: int, S: int | None = None) -> int:
-    r"""Count the numbers that FlashAttention-2 moves: queries outside, keys inside.
-
-    Args:
-        T: Queries.
-        Dh: Head width.
-        block_q: Queries in a tile.
-        S: Keys, T when None.
-
-    Returns:
-        Elements read plus elements written, $2TD + T + 2SD \lceil T / B_r \rceil$.
-
-    Example:
-        >>> flash2_hbm_accesses(1024, 64, block_q=128)
-        1180672
-
-    Reference:
-        Dao (2023), arXiv:2307.08691, Algorithm 1.
-    """
-    tiles = -(-T // block_q)
-    return 2 * T * Dh + T + tiles * 2 * (T if S is None else S) * Dh
-
-
 def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1.")
+
+
+def _empty_state(q: Tensor, v: Tensor) -> SoftmaxState:
+    m = torch.full_like(q[..., 0], -torch.inf)
+    return SoftmaxState(m, torch.zeros_like(m), m.new_zeros(*m.shape, v.shape[-1]))
 
 
 def _key_tiles(stop: int, T: int, S: int, *, causal: bool, block: int) -> range:

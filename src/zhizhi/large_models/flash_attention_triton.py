@@ -35,7 +35,9 @@ def _flash_forward_kernel(
     q_ptr += pid_b * q_stride_b + pid_h * q_stride_h
     k_ptr += pid_b * k_stride_b + pid_h // P * k_stride_g
     v_ptr += pid_b * v_stride_b + pid_h // P * v_stride_g
-    b_q = tl.load(q_ptr + o_t[:, None].to(tl.int64) * q_stride_t + o_d[None, :], mask=m_t[:, None], other=0.0)
+    b_q = tl.load(
+        q_ptr + o_t[:, None].to(tl.int64) * q_stride_t + o_d[None, :], mask=m_t[:, None], other=0.0
+    )
     b_m = tl.full([BLOCK_T], -float("inf"), tl.float32)
     b_d = tl.zeros([BLOCK_T], tl.float32)
     b_o = tl.zeros([BLOCK_T, DV], tl.float32)
@@ -50,7 +52,10 @@ def _flash_forward_kernel(
         for s in range(full if IS_MASKED else 0, end if IS_MASKED else full, BLOCK_S):
             o_s = s + tl.arange(0, BLOCK_S)
             m_s = o_s < S if IS_MASKED else tl.full([BLOCK_S], True, tl.int1)
-            k_tile, v_tile = o_s[:, None].to(tl.int64) * k_stride_s, o_s[:, None].to(tl.int64) * v_stride_s
+            k_tile, v_tile = (
+                o_s[:, None].to(tl.int64) * k_stride_s,
+                o_s[:, None].to(tl.int64) * v_stride_s,
+            )
             b_k = tl.load(k_ptr + k_tile + o_d[None, :], mask=m_s[:, None], other=0.0)
             b_x = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_T, BLOCK_S]
             if IS_MASKED:
@@ -110,8 +115,12 @@ def _flash_dkdv_kernel(
     m_s = o_s < S
     k_ptr += pid_b * k_stride_b + pid_g * k_stride_g
     v_ptr += pid_b * v_stride_b + pid_g * v_stride_g
-    b_k = tl.load(k_ptr + o_s[:, None].to(tl.int64) * k_stride_s + o_d[None, :], mask=m_s[:, None], other=0.0)
-    b_v = tl.load(v_ptr + o_s[:, None].to(tl.int64) * v_stride_s + o_e[None, :], mask=m_s[:, None], other=0.0)
+    b_k = tl.load(
+        k_ptr + o_s[:, None].to(tl.int64) * k_stride_s + o_d[None, :], mask=m_s[:, None], other=0.0
+    )
+    b_v = tl.load(
+        v_ptr + o_s[:, None].to(tl.int64) * v_stride_s + o_e[None, :], mask=m_s[:, None], other=0.0
+    )
     b_dk = tl.zeros([BLOCK_S, DH], tl.float32)
     b_dv = tl.zeros([BLOCK_S, DV], tl.float32)
 
@@ -128,7 +137,9 @@ def _flash_dkdv_kernel(
             for t in range(start if IS_MASKED else full, stop, BLOCK_T):
                 o_t = t + tl.arange(0, BLOCK_T)
                 m_t = o_t < T
-                q_tile = pid_b * q_stride_b + h * q_stride_h + o_t[:, None].to(tl.int64) * q_stride_t
+                q_tile = (
+                    pid_b * q_stride_b + h * q_stride_h + o_t[:, None].to(tl.int64) * q_stride_t
+                )
                 do_tile = ((pid_b * T + o_t) * G * P + h)[:, None] * DV
                 rows = (pid_b * G * P + h) * T + o_t
                 b_q = tl.load(q_ptr + q_tile + o_d[None, :], mask=m_t[:, None], other=0.0)
@@ -151,7 +162,9 @@ def _flash_dkdv_kernel(
     rows_s = ((pid_b * S + o_s) * G + pid_g)[:, None]
     b_dk = (b_dk * d_scale).to(dk_ptr.dtype.element_ty)
     tl.store(dk_ptr + rows_s * DH + o_d[None, :], b_dk, mask=m_s[:, None])
-    tl.store(dv_ptr + rows_s * DV + o_e[None, :], b_dv.to(dv_ptr.dtype.element_ty), mask=m_s[:, None])
+    tl.store(
+        dv_ptr + rows_s * DV + o_e[None, :], b_dv.to(dv_ptr.dtype.element_ty), mask=m_s[:, None]
+    )
 
 
 @triton.jit(do_not_specialize=["T", "S", "H", "P"])
@@ -175,7 +188,9 @@ def _flash_dq_kernel(
     v_ptr += pid_b * v_stride_b + pid_h // P * v_stride_g
     rows_o = ((pid_b * T + o_t) * H + pid_h)[:, None]
     rows = (pid_b * H + pid_h) * T + o_t
-    b_q = tl.load(q_ptr + o_t[:, None].to(tl.int64) * q_stride_t + o_d[None, :], mask=m_t[:, None], other=0.0)
+    b_q = tl.load(
+        q_ptr + o_t[:, None].to(tl.int64) * q_stride_t + o_d[None, :], mask=m_t[:, None], other=0.0
+    )
     b_do = tl.load(do_ptr + rows_o * DV + o_e[None, :], mask=m_t[:, None], other=0.0)
     b_lse = tl.load(lse_ptr + rows, mask=m_t, other=float("inf"))
     b_delta = tl.load(delta_ptr + rows, mask=m_t, other=0.0)
@@ -190,7 +205,10 @@ def _flash_dq_kernel(
         for s in range(full if IS_MASKED else 0, end if IS_MASKED else full, BLOCK_S):
             o_s = s + tl.arange(0, BLOCK_S)
             m_s = o_s < S if IS_MASKED else tl.full([BLOCK_S], True, tl.int1)
-            k_tile, v_tile = o_s[:, None].to(tl.int64) * k_stride_s, o_s[:, None].to(tl.int64) * v_stride_s
+            k_tile, v_tile = (
+                o_s[:, None].to(tl.int64) * k_stride_s,
+                o_s[:, None].to(tl.int64) * v_stride_s,
+            )
             b_k = tl.load(k_ptr + k_tile + o_d[None, :], mask=m_s[:, None], other=0.0)
             b_v = tl.load(v_ptr + v_tile + o_e[None, :], mask=m_s[:, None], other=0.0)
             b_x = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_T, BLOCK_S]
@@ -290,23 +308,37 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not (q.ndim == k.ndim == v.ndim == 4) or q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
+    if (
+        not (q.ndim == k.ndim == v.ndim == 4)
+        or q.shape[0] != k.shape[0]
+        or k.shape[:3] != v.shape[:3]
+    ):
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"shapes are {shapes}; they must be [B, T, H, Dh], [B, S, G, Dh], [B, S, G, Dv].")
+        raise ValueError(
+            f"shapes are {shapes}; they must be [B, T, H, Dh], [B, S, G, Dh], [B, S, G, Dv]."
+        )
     if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has head width {q.shape[3]} and k has {k.shape[3]}: they must be equal.")
+        raise ValueError(
+            f"q has head width {q.shape[3]} and k has {k.shape[3]}: they must be equal."
+        )
     H, G = q.shape[2], k.shape[2]
     if G == 0 or H % G:
         raise ValueError(f"q has {H} heads and k has {G}: {G} must divide {H}.")
     for name, width in (("q", q.shape[3]), ("v", v.shape[3])):
         if width not in (16, 32, 64, 128):
             raise ValueError(f"{name} has head width {width}; the kernels have 16, 32, 64 and 128.")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    ):
         raise ValueError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; all must be float32, float16 or bfloat16."
         )
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}; it must be one device.")
+        raise ValueError(
+            f"q, k, v are on {q.device}, {k.device}, {v.device}; it must be one device."
+        )
     if not q.is_cuda and isinstance(_flash_forward_kernel, triton.JITFunction):
         raise ValueError(
             f"q is on {q.device}; without a GPU set TRITON_INTERPRET=1 before this module is imported."

@@ -33,7 +33,7 @@ class Dual:
         8.0
 
     Reference:
-        Baydin et al. (2018), arXiv:1502.05767, section 3.1.1.
+        Baydin et al. (2018), arXiv:1502.05767, section 3.1 (forward mode).
     """
 
     __array_ufunc__ = None  # `array * dual` must call Dual.__rmul__

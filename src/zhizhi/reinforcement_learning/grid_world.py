@@ -186,7 +186,7 @@ def absorbing(mdp: TabularMDP, *, states: Sequence[int]) -> TabularMDP:
         tensor([0., 0., 0., 0., 0.], dtype=torch.float64)
 
     Reference:
-        Sutton and Barto (2018), Reinforcement Learning: An Introduction, Section 3.4.
+        Sutton and Barto (1998), Reinforcement Learning: An Introduction, Section 3.4.
     """
     transition, reward = mdp.transition.clone(), mdp.reward.clone()
     for s in states:

@@ -1,0 +1,77 @@
+"""Outputs are compared as a person would: numbers by value, words exactly."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdproof.compare import first_difference, same_figure, same_number
+
+SAME = [
+    ("loss 0.6931", "loss 0.6931"),
+    ("loss 0.6931", "loss 0.6932"),  # one unit of the last digit shown
+    ("x = 1234.5678", "x = 1234.60"),  # within the relative tolerance
+    ("tensor([ 1.5410, -0.2934])", "tensor([1.5410, -0.2934])"),  # a column's blanks
+    ("a\nb\n", "a\nb"),
+    ("err 1e-07", "err 1.4e-07"),
+    ("nan inf -inf", "nan inf -inf"),
+    ("step 10 of 20", "step 10 of 20"),
+    ("v1.2.3", "v1.2.3"),
+]
+DIFFERENT = [
+    ("loss 0.6931", "loss 0.6934"),
+    ("loss 0.6931", "LOSS 0.6931"),
+    ("step 10", "step 11"),  # integers are exact
+    ("True", "False"),
+    ("a\nb", "a"),
+    ("a", "a\nb"),
+    ("0.5", "-0.5"),
+    ("v1.2.3", "v1.2.4"),
+    ("[1, 2, 3]", "[1, 3, 2]"),
+    ("1.0 nan", "nan 1.0"),
+    ("x0.1", "x0.2"),
+]
+
+
+@pytest.mark.parametrize(("recorded", "new"), SAME)
+def test_what_a_person_would_call_the_same_is_the_same(recorded: str, new: str) -> None:
+    assert first_difference(recorded, new, rtol=1e-4) is None
+
+
+@pytest.mark.parametrize(("recorded", "new"), DIFFERENT)
+def test_what_a_person_would_call_different_is_different(recorded: str, new: str) -> None:
+    assert first_difference(recorded, new, rtol=1e-4) is not None
+
+
+def test_the_first_pair_of_lines_that_disagree_is_named() -> None:
+    assert first_difference("a\n1.00\nc", "a\n2.00\nd", rtol=1e-4) == ("1.00", "2.00")
+    assert first_difference("a\nb", "a", rtol=1e-4) == ("b", "(no such line)")
+
+
+def test_the_tolerance_is_the_one_given() -> None:
+    assert first_difference("1.0000", "1.0300", rtol=0.05) is None
+    assert first_difference("1.0000", "1.0600", rtol=0.05) is not None
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, width=32), st.integers(1, 6))
+def test_a_number_printed_twice_is_the_same_number(value: float, digits: int) -> None:
+    text = f"{value:.{digits}e}"
+    assert same_number(text, text, rtol=0.0)
+
+
+@given(st.floats(0.1, 1e6), st.floats(0.01, 0.5))
+def test_a_number_off_by_more_than_the_tolerance_is_another(value: float, off: float) -> None:
+    a, b = f"{value:.8e}", f"{value * (1 + off):.8e}"
+    assert not same_number(a, b, rtol=1e-4)
+
+
+@given(st.text(alphabet="ab 1.e-+\n", max_size=30))
+def test_every_text_equals_itself(text: str) -> None:
+    assert first_difference(text, text, rtol=0.0) is None
+
+
+def test_two_drawings_agree_within_a_point_and_in_every_element() -> None:
+    svg = '<svg><path id="a1" d="M 1.0 2.0 L 30.5 40.5" style="stroke: #3b82f6"/></svg>'
+    assert same_figure(svg, svg.replace("30.5", "30.9").replace("a1", "b7"))
+    assert not same_figure(svg, svg.replace("30.5", "35.0"))
+    assert not same_figure(svg, svg.replace("M 1.0 2.0 L", "M 1.0 2.0 L 3 3 L"))
+    assert not same_figure(svg, svg.replace("stroke", "fill"))
