@@ -67,7 +67,7 @@ class Citation:
     @property
     def shown(self) -> str:
         """What a reader calls it."""
-        return self.name or self.module.rsplit(".", 1)[-1]
+        return self.name.removesuffix(".__init__") or self.module.rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -422,10 +422,10 @@ def link_references(
         if in_link:
             return shown
         if equation.page == page:
-            return f'<a class="mdproof-ref" href="#{equation.anchor}">{shown}</a>'
+            return f'<a class="mdproof-eqref" href="#{equation.anchor}">{shown}</a>'
         href = html.escape(link(f"{equation.page}#{equation.anchor}"))
         title = html.escape(known.titles[equation.page])
-        return f'<a class="mdproof-ref" href="{href}" title="{title}">{shown}</a>'
+        return f'<a class="mdproof-eqref" href="{href}" title="{title}">{shown}</a>'
 
     out: list[str] = []
     # Of each open element: its name, and whether text in it is (live, code, within a link).

@@ -154,10 +154,10 @@ def _flat(node: ElementTree.Element) -> str:
             return f"{_group(above)}/{_group(below)}"
         case "msub" | "munder", [base, below]:
             return f"{base}_{_group(below)}"
+        case "mover", [base, above] if node.get("accent") == "true":
+            return base + _ACCENTS.get(above, above)
         case "msup" | "mover", [base, above]:
-            if node.get("accent") == "true" or above in "′″‴*∗⊤":
-                return base + above
-            return f"{base}^{_group(above)}"
+            return base + above if above in _MARKS else f"{base}^{_group(above)}"
         case "msubsup" | "munderover", [base, below, above]:
             return f"{base}_{_group(below)}^{_group(above)}"
         case "msqrt", _:
@@ -177,9 +177,22 @@ def _flat(node: ElementTree.Element) -> str:
             return "".join(parts)
 
 
-_SPACED = set("=<>≤≥≠≈∼≃∝∈∉⊂⊆→←↔⇒⇔↦≡≪≫+−±×≔∣") - {"∣"}
+_SPACED = set("=<>≤≥≠≈∼≃∝∈∉⊂⊆→←↔⇒⇔↦≡≪≫+−±×≔")
+_MARKS = {"′", "′′", "″", "‴", "∗", "*", "⊤"}
+_ACCENTS = {
+    "ˉ": "\u0304",
+    "‾": "\u0305",
+    "^": "\u0302",
+    "~": "\u0303",
+    "˙": "\u0307",
+    "¨": "\u0308",
+    "⃗": "\u20d7",
+    "ˇ": "\u030c",
+}
 
 
 def _group(text: str) -> str:
     text = text.strip()
+    if text.startswith("− "):
+        text = "−" + text[2:]
     return text if len(text) <= 1 or text.isalnum() else f"({text})"

@@ -29,6 +29,7 @@ INLINE = r"(?<![\\$])\$(?![\s$])((?:\\.|[^\\$\x02\x03])+?)(?<!\s)\$(?![\d$])"
 _STRAY = r"(?<!\\)\$\$"
 _NUMBERS_ITSELF = re.compile(r"\\begin\{(align|alignat|gather|equation|multline|eqnarray|CD)\}")
 _HELD = re.compile("\x02mdproof-maths:(\\d+)\x03")
+_IN_TAG = re.compile("<[A-Za-z][^<>]*\x02mdproof-maths:[^<>]*>")
 
 
 class _Held:
@@ -45,10 +46,12 @@ class _Held:
         return f"\x02mdproof-maths:{len(self.html) - 1}\x03"
 
     def release(self, text: str) -> str:
+        # In an attribute (the `alt` of an image) there is no room for elements.
+        text = _IN_TAG.sub(lambda found: self.release_plain(found.group()), text)
         return _HELD.sub(lambda found: self.html[int(found[1])], text)
 
     def release_plain(self, text: str) -> str:
-        return _HELD.sub(lambda found: self.plain[int(found[1])](), text)
+        return _HELD.sub(lambda found: html.escape(self.plain[int(found[1])]()), text)
 
     @property
     def page(self) -> str | None:
@@ -114,13 +117,40 @@ def render_inline(text: str) -> str:
         lambda tex: _render(tex, display=False, site=site),
         lambda code: f"<code>{html.escape(code, quote=False)}</code>",
         lambda rest: html.escape(rest, quote=False),
+        _joined,
     )
 
 
 def plain_inline(text: str) -> str:
     r"""Return a line of text with `$...$` as text alone, for a search result or a `<meta>`."""
     site = _site()
-    return _inline(text, lambda tex: katex.plain(tex, **_options(site)), str, str)
+    return _inline(
+        text,
+        lambda tex: katex.plain(tex, **_options(site)),
+        str,
+        str,
+        lambda rendered, _, start, end: (rendered, start, end),
+    )
+
+
+_OPENING = frozenset("（［｛「『《〈【“‘")
+_CLOSING = frozenset("）］｝」』》〉】”’，。；：、！？,.;")
+
+
+def _joined(rendered: str, text: str, start: int, end: int) -> tuple[str, int, int]:
+    """Keep a formula on one line with the bracket before it and the punctuation after it.
+
+    A browser may break a line on either side of a formula's box, so that a full stop begins one.
+    Returns the HTML, and the part of the text that it stands for.
+    """
+    first = start - 1 if text[max(0, start - 1) : start] in _OPENING else start
+    last = end
+    while text[last : last + 1] in _CLOSING:
+        last += 1
+    if (first, last) == (start, end):
+        return rendered, start, end
+    whole = html.escape(text[first:start]) + rendered + html.escape(text[end:last])
+    return f'<span class="mdproof-joined">{whole}</span>', first, last
 
 
 _PIECES = re.compile(rf"(?P<code>`+)(?P<inside>.+?)(?<!`)(?P=code)(?!`)|{INLINE}", re.DOTALL)
@@ -131,13 +161,18 @@ def _inline(
     formula: Callable[[str], str],
     code: Callable[[str], str],
     rest: Callable[[str], str],
+    join: Callable[[str, str, int, int], tuple[str, int, int]],
 ) -> str:
-    out, end = [], 0
+    out, done = [], 0
     for found in _PIECES.finditer(text):
-        out.append(rest(text[end : found.start()].replace(r"\$", "$")))
-        out.append(code(found["inside"].strip()) if found["code"] else formula(found[3]))
-        end = found.end()
-    return "".join([*out, rest(text[end:].replace(r"\$", "$"))])
+        start, end = found.span()
+        if found["code"]:
+            piece = code(found["inside"].strip())
+        else:
+            piece, start, end = join(formula(found[3]), text, start, end)
+        out += [rest(text[done:start].replace(r"\$", "$")), piece]
+        done = end
+    return "".join([*out, rest(text[done:].replace(r"\$", "$"))])
 
 
 class _Inline(InlineProcessor):
@@ -152,8 +187,11 @@ class _Inline(InlineProcessor):
         if equations.LABEL.search(tex):
             raise self.held.refuse(m.group(), "only a display equation has a label")
         rendered = self.held.render(tex, display=False, whole=m.group())
+        rendered, start, end = _joined(rendered, data, m.start(), m.end())
         options = _options(self.held.site)
-        return self.held.hold(rendered, lambda: katex.plain(tex, **options)), m.start(), m.end()
+        before, after = data[start : m.start()], data[m.end() : end]
+        plain = lambda: before + katex.plain(tex, **options) + after  # noqa: E731
+        return self.held.hold(rendered, plain), start, end
 
 
 class _Stray(InlineProcessor):

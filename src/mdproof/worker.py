@@ -84,6 +84,7 @@ class Page:
         mark = 0
         with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(out):
             warnings.simplefilter("default")
+            warnings.simplefilter("ignore", ResourceWarning)  # as Python itself does
             try:
                 value_text, mark = self._execute(block, out)
             except BaseException as raised:
@@ -157,9 +158,11 @@ class Page:
 
     def _explain(self, raised: BaseException, block: dict[str, Any]) -> dict[str, Any]:
         if isinstance(raised, SystemExit):
-            raised = _FailedError(f"the block leaves the interpreter: SystemExit({raised.code!r})")
+            message = f"the block leaves the interpreter: SystemExit({raised.code!r})"
+            raised = _FailedError(message).with_traceback(raised.__traceback__)
         if isinstance(raised, MemoryError):
-            raised = _FailedError("the block needs more memory than the limit allows")
+            message = "the block needs more memory than the limit allows"
+            raised = _FailedError(message).with_traceback(raised.__traceback__)
         frames = [
             (frame.filename, frame.lineno or 0, (frame.line or "").strip())
             for frame in traceback.extract_tb(raised.__traceback__)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from tests.closeness import assert_exact, relative_error
 from torch.nn import functional as F
 
-from tests.closeness import assert_exact, relative_error
 from zhizhi.large_models.attention import (
     causal_mask,
     grouped_query_attention,

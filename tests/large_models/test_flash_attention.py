@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tests.closeness import assert_exact
+
 from zhizhi.large_models.attention import causal_mask, grouped_query_attention
 from zhizhi.large_models.attention import scaled_dot_product_attention as plain
 from zhizhi.large_models.flash_attention import (

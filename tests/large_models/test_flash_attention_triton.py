@@ -1,4 +1,4 @@
-"""The kernels against the plain definition: numbers, addresses, traffic, cubins, and seeded bugs."""
+"""The kernels against the plain definition: numbers, addresses, traffic, cubins, seeded bugs."""
 
 import importlib.util
 import math
@@ -9,13 +9,12 @@ from types import ModuleType
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
+import triton
+from tests.closeness import assert_yardstick, relative_error
 
 from mdproof.triton.compiling import SHARED_MEMORY_LIMIT
 from mdproof.triton.launches import record
-from mdproof.triton.probe import Trace, probe
-from tests.closeness import assert_yardstick, relative_error
+from mdproof.triton.probe import probe
 from zhizhi.large_models import flash_attention_triton as module
 from zhizhi.large_models.attention import grouped_query_attention
 from zhizhi.large_models.flash_attention_triton import fused_attention
@@ -24,11 +23,11 @@ poisoned = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # B, T, S, H, G, Dh, Dv, causal
 CASES = [
-    (2, 37, 53, 4, 2, 16, 16, True),  # more keys than queries, two key heads
-    (1, 53, 37, 2, 1, 16, 32, True),  # queries without keys; Dv differs
-    (1, 50, 50, 2, 2, 32, 16, False),
-    (1, 1, 45, 4, 1, 16, 16, True),  # one decoding step, one key head
-    (1, 64, 64, 2, 1, 16, 16, True),  # tiles fit exactly
+    (2, 20, 37, 4, 2, 16, 16, True),  # more keys than queries, two key heads
+    (1, 37, 20, 2, 1, 16, 32, True),  # queries without keys; Dv differs
+    (1, 35, 35, 2, 2, 32, 16, False),
+    (1, 1, 37, 4, 1, 16, 16, True),  # one decoding step, one key head
+    (1, 32, 32, 2, 1, 16, 16, True),  # tiles fit exactly
     (1, 20, 3, 3, 1, 16, 16, True),  # whole tiles without keys; an odd group
 ]
 Case = tuple[int, int, int, int, int, int, int, bool]
@@ -91,7 +90,7 @@ def test_wide_heads_over_several_real_tiles(width, dtype):
 
 
 @poisoned
-def test_strided_inputs_and_an_expanded_gradient_need_no_care(small_tiles):
+def test_strided_inputs_and_an_expanded_gradient_need_no_care():
     B, T, H, Dh = 2, 21, 3, 16
     qkv = torch.randn(B, H, 3, T, Dh, generator=torch.Generator().manual_seed(0))
     views = [qkv[:, :, i].transpose(1, 2) for i in range(3)]  # one storage, heads outside
@@ -128,16 +127,16 @@ def test_scores_far_outside_the_range_of_exp_do_no_harm():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_stray_address_no_race_and_no_dependence_on_program_order(case, small_tiles):
+def test_no_stray_address_no_race_and_no_dependence_on_program_order(case, monkeypatch):
+    monkeypatch.setattr(module, "_tiles", lambda *_: (16, 16, 4, 2))
     tensors = draw(case, torch.float32)
     results = []
-    for order in ("serial", "reverse", "shuffle"):
+    for order in ("serial", "shuffle"):
         with probe(order=order) as trace:
             results.append(with_gradients(fused_attention, *tensors, causal=case[-1]))
         assert (trace.launches, trace.out_of_bounds, trace.races) == (4, [], [])
         assert trace.bytes_atomic == 0
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    assert all(map(torch.equal, *results))
 
 
 def keys_read(case: Case, block_t: int, block_s: int) -> list[int]:
@@ -196,9 +195,10 @@ def test_addresses_beyond_two_to_the_31_are_right():
     assert torch.equal(far, fused_attention(compact, compact, compact, causal=True))
 
 
-def test_twice_differentiating_is_refused_by_torch():
-    q, k, v, _ = (x.requires_grad_() for x in draw((1, 8, 8, 1, 1, 16, 16, False), torch.float32))
-    (dq,) = torch.autograd.grad(fused_attention(q, k, v).sum(), q, create_graph=True)
+def test_differentiating_twice_is_refused_by_torch():
+    q, k, v, do = (x.requires_grad_() for x in draw((1, 8, 8, 1, 1, 16, 16, False), torch.float32))
+    out = fused_attention(q, k, v)
+    (dq,) = torch.autograd.grad(out, q, do, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
 
@@ -246,9 +246,7 @@ def test_what_the_kernels_cannot_do_is_refused(q, k, v, message):
 
 def test_without_gpu_and_interpreter_the_way_out_is_named(monkeypatch):
     monkeypatch.setattr(triton, "JITFunction", type(module._flash_forward_kernel))
-    message = (
-        r"^q is on cpu; without a GPU set TRITON_INTERPRET=1 before this module is imported\.$"
-    )
+    message = r"^q is on cpu; without a GPU set TRITON_INTERPRET=1 before importing this module\.$"
     with pytest.raises(ValueError, match=message):
         fused_attention(zeros(1, 3, 4, 16), KV, KV)
 
@@ -271,10 +269,10 @@ def assert_compiles_within_limits(rows: list[dict], dtype: torch.dtype) -> None:
             assert row["tensor_core"].get(name, 0) > 0
 
 
-def test_forward_kernel_compiles_for_three_gpu_generations(compiled):
-    rows = compiled(launches(64, torch.bfloat16)[:1])
+def test_forward_kernel_compiles_for_hopper_without_spilling(compiled):
+    rows = compiled(launches(64, torch.bfloat16)[:1], capabilities=(90,))
     assert_compiles_within_limits(rows, torch.bfloat16)
-    assert [row["stack_bytes"] for row in rows if row["capability"] == 90] == [0]  # nothing spilled
+    assert [row["stack_bytes"] for row in rows] == [0]
 
 
 @pytest.mark.slow
@@ -299,19 +297,26 @@ MUTANTS = {
     "no guard for rows without keys": (
         'b_base = tl.where(b_m_new == -float("inf"), 0.0, b_m_new)', "b_base = b_m_new",
     ),
-    "no guard for an empty denominator": ("b_safe = tl.where(b_d == 0.0, 1.0, b_d)", "b_safe = b_d"),
+    "no guard for an empty denominator": (
+        "b_safe = tl.where(b_d == 0.0, 1.0, b_d)", "b_safe = b_d",
+    ),
     "log-sum-exp without the sum": ("b_m + tl.log2(b_safe)", "b_m"),
-    "too many tiles taken as fully visible": ("tl.minimum(S, first + 1), 0)", "tl.minimum(S, first + BLOCK_S), 0)"),
+    "too many tiles taken as fully visible": (
+        "tl.minimum(S, first + 1), 0)", "tl.minimum(S, first + BLOCK_S), 0)",
+    ),
     "last key tile without a mask": ("m_s = o_s < S if", "m_s = o_s < S + BLOCK_S if"),
     "delta forgotten": ("(b_dp - b_delta[None, :])", "b_dp"),
     "first query tile of a key tile skipped": (
-        "start = tl.maximum(pid_s * BLOCK_S + T - S, 0)", "start = tl.maximum(pid_s * BLOCK_S + T - S + BLOCK_T, 0)",
+        "start = tl.maximum(pid_s * BLOCK_S + T - S, 0)",
+        "start = tl.maximum(pid_s * BLOCK_S + T - S + BLOCK_T, 0)",
     ),
-    "only the first head of a group": ("for p in range(0, P):", "for p in range(0, 1):"),
+    "only the first head of a group": ("for p in range(P):", "for p in range(1):"),
     "dk without the scale": ("(b_dk * d_scale)", "(b_dk)"),
     "dq without the scale": ("(b_dq * d_scale)", "(b_dq)"),
     "store of dk without a mask": ("b_dk, mask=m_s[:, None])", "b_dk)"),
-    "store of the output without a mask": ("o_e[None, :], b_o, mask=m_t[:, None])", "o_e[None, :], b_o)"),
+    "store of the output without a mask": (
+        "o_e[None, :], b_o, mask=m_t[:, None])", "o_e[None, :], b_o)",
+    ),
 }  # fmt: skip
 
 

@@ -23,7 +23,9 @@ markdown_extensions:
   - pymdownx.snippets: {base_path: [.], check_paths: true}
   - pymdownx.superfences:
       custom_fences:
-        - {name: mermaid, class: mermaid, format: !!python/name:pymdownx.superfences.fence_code_format }
+        - name: mermaid
+          class: mermaid
+          format: !!python/name:pymdownx.superfences.fence_code_format
   - pymdownx.tabbed: {alternate_style: true}
   - mdproof.markdown
 """

@@ -5,12 +5,10 @@ import json
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
+from tests.mdproof import triton_canaries as kernels
 
 from mdproof.triton.compiling import SHARED_MEMORY_LIMIT, compile_launches
 from mdproof.triton.launches import record
-from tests.mdproof import triton_canaries as kernels
 
 
 def launch_cast(n: int) -> None:

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
+import triton
+from tests.mdproof import triton_canaries as kernels
 
 from mdproof.triton.probe import probe
-from tests.mdproof import triton_canaries as kernels
 
 InterpreterError = triton.runtime.errors.InterpreterError
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tests.closeness import assert_float32, relative_error
 from torch.nn import functional as F
 
-from tests.closeness import assert_float32, relative_error
 from zhizhi.large_models.attention import grouped_query_attention
 from zhizhi.large_models.flash_attention import flash_attention, flash_attention_backward
 

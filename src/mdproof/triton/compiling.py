@@ -1,8 +1,8 @@
 """Compile recorded launches for GPUs that are not here, in a process that does not interpret.
 
-One process has one mode: `TRITON_INTERPRET` is read when `@triton.jit` runs. So the compiler lives in a
-worker, `python -m mdproof.triton.worker`, which reads JSON and writes JSON. This module itself imports
-neither Triton nor torch.
+One process has one mode: `TRITON_INTERPRET` is read when `@triton.jit` runs. So the compiler lives
+in a worker, `python -m mdproof.triton.worker`, which reads JSON and writes JSON. This module itself
+imports neither Triton nor torch.
 """
 
 import importlib.util
@@ -23,15 +23,15 @@ _REPRODUCIBLE = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1
 def compile_launches(
     launches: Sequence[dict[str, Any]], *, capabilities: Sequence[int] = CAPABILITIES
 ) -> list[dict[str, Any]]:
-    """Compile each launch for each compute capability and report what the hardware will be asked for.
+    """Compile each launch for each compute capability and report what it asks of the hardware.
 
     Args:
         launches: What `mdproof.triton.launches.record` yielded.
         capabilities: Compute capabilities, 80 for an A100, 90 for an H100 or H200, 100 for a B200.
 
     Returns:
-        A row for each launch and capability: the launch's fields, `capability`, `triton`, `registers`,
-        `stack_bytes` (spills), `shared_bytes`, `tensor_core` (instructions by name),
+        A row for each launch and capability: the launch's fields, `capability`, `triton`,
+        `registers`, `stack_bytes` (spills), `shared_bytes`, `tensor_core` (instructions by name),
         `cubin_sha256` and `error` (None, or why this target refuses the kernel).
 
     Raises:

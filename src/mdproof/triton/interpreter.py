@@ -1,10 +1,10 @@
 """Make Triton's CPU interpreter right for bfloat16 and fp8.
 
-The interpreter keeps a bfloat16 number as its 16 bits in an unsigned integer and then adds, multiplies
-and compares these integers; its casts to narrow formats truncate, or round away from the even
-neighbour. `install` replaces both: an operation on bfloat16 operands is done in float32 and rounded
-once, to nearest even, and a cast is the one that torch does. `tests/mdproof/test_triton_interpreter.py`
-holds it to torch bit for bit, and tells when Triton itself becomes right.
+The interpreter keeps a bfloat16 number as its 16 bits in an unsigned integer and then adds,
+multiplies and compares these integers; its casts to narrow formats truncate, or round away from the
+even neighbour. `install` replaces both: an operation on bfloat16 operands is done in float32 and
+rounded once, to nearest even, and a cast is the one that torch does. The tests hold it to torch bit
+for bit, and tell when Triton itself becomes right.
 
 Nothing here concerns the compiled path.
 """
@@ -41,13 +41,12 @@ def _to_bits(x: torch.Tensor, dtype: tl.dtype) -> np.ndarray:
 
 
 def _round(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
-    """Return the bits of `data` in another format: to nearest even; fp8 saturates, as `cvt.satfinite`."""
+    """Return the bits of `data` in another format, to nearest even; fp8 saturates, as on a GPU."""
     data = np.asarray(data)
     x = _to_torch(data, source)
     if target.primitive_bitwidth == 8:
         limit = torch.finfo(_TORCH[target]).max
-        x = x.double().clamp(-limit, limit)  # NaN stays NaN
-        x = x.float()
+        x = x.float().clamp(-limit, limit)  # NaN stays NaN
     return _to_bits(x.to(_TORCH[target]), target).reshape(data.shape)
 
 

@@ -48,7 +48,7 @@ def _constant(value: Any, name: str) -> Any:
 
 
 def _describe(value: Any, name: str, *, specialise: bool) -> tuple[str, Any]:
-    """Return type and compile-time value (or whether 16 divides it), as Triton's own launcher does."""
+    """Return type and compile-time value, or whether 16 divides it, as Triton's launcher does."""
     if isinstance(value, torch.Tensor):
         return f"*{_DTYPES[value.dtype]}", value.data_ptr() % 16 == 0
     if isinstance(value, bool):
@@ -56,10 +56,7 @@ def _describe(value: Any, name: str, *, specialise: bool) -> tuple[str, Any]:
     if isinstance(value, int):
         if value == 1 and specialise:
             return "constexpr", 1
-        if -(2**31) <= value < 2**31:
-            kind = "i32"
-        else:
-            kind = "i64" if value < 2**63 else "u64"
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
         return kind, specialise and value % 16 == 0
     if isinstance(value, float):
         return "fp32", False

@@ -1,7 +1,7 @@
-"""Watch kernels while the interpreter runs them: traffic, arithmetic, addresses, races, program order.
+"""Watch kernels while the interpreter runs them: traffic, arithmetic, addresses, races, order.
 
-A GPU says nothing when a kernel reads past its tensor or when two programs store to one address; the
-result is merely wrong, sometimes. Here every address is looked at:
+A GPU says nothing when a kernel reads past its tensor or when two programs store to one address;
+the result is merely wrong, sometimes. Here every address is looked at:
 
     with probe(order="shuffle", seed=1) as trace:
         my_kernel[grid](...)

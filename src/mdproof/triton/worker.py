@@ -1,4 +1,4 @@
-"""The compile worker: `python -m mdproof.triton.worker` reads a job as JSON and writes reports as JSON."""
+"""The compile worker, `python -m mdproof.triton.worker`: a job in, reports out, both as JSON."""
 
 import hashlib
 import importlib

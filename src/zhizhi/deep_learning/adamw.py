@@ -271,7 +271,7 @@ class Adam(_StepOptimizer):
         Kingma & Ba (2015), arXiv:1412.6980, Algorithm 1.
     """
 
-    _rule: Callable[..., AdamState] = staticmethod(adamw_step)
+    _rule: Callable[..., AdamState] = staticmethod(adam_l2_step)
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
-"""FlashAttention in plain PyTorch: exact attention in tiles, with a softmax that can be interrupted.
+"""FlashAttention in plain PyTorch: exact attention in tiles, a softmax that can be interrupted.
 
 `flash_attention_triton` does the same on a GPU; here every step is a line that can be read.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def attend_tile(
     if visible is not None:
         x = x.masked_fill(~visible, -torch.inf)
     m = x.amax(dim=-1)
-    # A row of -inf has no largest score: any finite base gives e^{-inf} = 0, and m itself gives NaN.
+    # A row of -inf has no largest score: any finite base gives e^{-inf} = 0, m itself gives NaN.
     p = torch.exp(x - m.masked_fill(m == -torch.inf, 0.0)[..., None])
     return SoftmaxState(m, p.sum(dim=-1), p @ v)
 
@@ -114,7 +115,8 @@ def finish_state(
         Outputs and log-sum-exp; (0, -inf) for a query that could read no key.
 
     Example:
-        >>> finish_state(SoftmaxState(torch.zeros(1), torch.full((1,), 2.0), torch.full((1, 1), 4.0)))
+        >>> state = SoftmaxState(torch.zeros(1), torch.tensor([2.0]), torch.tensor([[4.0]]))
+        >>> finish_state(state)
         (tensor([[2.]]), tensor([0.6931]))
 
     Reference:
@@ -276,8 +278,8 @@ def flash_attention_backward(
             x = q_i @ k_j.mT * scale
             if causal:
                 x = x.masked_fill(~_visible(rows, cols, S - T, q), -torch.inf)
-            L = lse[..., rows, None]
-            p = torch.exp(x - L.masked_fill(L == -torch.inf, 0.0))  # (eq:flash-recompute)
+            lse_i = lse[..., rows, None]
+            p = torch.exp(x - lse_i.masked_fill(lse_i == -torch.inf, 0.0))  # (eq:flash-recompute)
             dp = do_i @ v_j.mT
             dx = p * (dp - delta[..., rows, None]) * scale  # (eq:flash-dscore)
             dv[..., cols, :] += p.mT @ do_i
@@ -333,7 +335,7 @@ def flash_attention_varlen(
     v_h = repeat(v, "N G Dv -> (G P) N Dv", P=H // G)
     pieces = [
         flash_attention(q_h[:, a:b], k_h[:, a:b], v_h[:, a:b], causal=causal)[0]
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        for a, b in pairwise(bounds)
     ]
     return rearrange(torch.cat([v_h[:, :0], *pieces], dim=1), "H N Dv -> N H Dv")
 
@@ -341,8 +343,8 @@ def flash_attention_varlen(
 def standard_hbm_accesses(T: int, Dh: int) -> int:
     r"""Count the numbers that attention moves when every step goes through global memory.
 
-    Three kernels: $X = QK^\top$ reads 2TD and writes T²; the softmax reads and writes T²; $PV$ reads
-    T² + TD and writes TD.
+    Three kernels: $X = QK^\top$ reads 2TD and writes T²; the softmax reads and writes T²; $PV$
+    reads T² + TD and writes TD.
 
     Args:
         T: Queries, and keys.

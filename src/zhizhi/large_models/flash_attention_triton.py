@@ -1,8 +1,8 @@
 """Attention that never writes a score to global memory, forward and backward.
 
-Reference: `attention.grouped_query_attention`. The forward pass reads each key once for every tile of
-queries; the backward pass recomputes the probabilities, and each program owns what it writes, so there
-are no atomics and two runs agree bit for bit.
+Reference: `attention.grouped_query_attention`. The forward pass reads each key once for every tile
+of queries; the backward pass recomputes the probabilities, and each program owns what it writes, so
+there are no atomics and two runs agree bit for bit.
 """
 
 import math
@@ -35,9 +35,8 @@ def _flash_forward_kernel(
     q_ptr += pid_b * q_stride_b + pid_h * q_stride_h
     k_ptr += pid_b * k_stride_b + pid_h // P * k_stride_g
     v_ptr += pid_b * v_stride_b + pid_h // P * v_stride_g
-    b_q = tl.load(
-        q_ptr + o_t[:, None].to(tl.int64) * q_stride_t + o_d[None, :], mask=m_t[:, None], other=0.0
-    )
+    q_tile = o_t[:, None].to(tl.int64) * q_stride_t
+    b_q = tl.load(q_ptr + q_tile + o_d[None, :], mask=m_t[:, None], other=0.0)
     b_m = tl.full([BLOCK_T], -float("inf"), tl.float32)
     b_d = tl.zeros([BLOCK_T], tl.float32)
     b_o = tl.zeros([BLOCK_T, DV], tl.float32)
@@ -52,10 +51,8 @@ def _flash_forward_kernel(
         for s in range(full if IS_MASKED else 0, end if IS_MASKED else full, BLOCK_S):
             o_s = s + tl.arange(0, BLOCK_S)
             m_s = o_s < S if IS_MASKED else tl.full([BLOCK_S], True, tl.int1)
-            k_tile, v_tile = (
-                o_s[:, None].to(tl.int64) * k_stride_s,
-                o_s[:, None].to(tl.int64) * v_stride_s,
-            )
+            k_tile = o_s[:, None].to(tl.int64) * k_stride_s
+            v_tile = o_s[:, None].to(tl.int64) * v_stride_s
             b_k = tl.load(k_ptr + k_tile + o_d[None, :], mask=m_s[:, None], other=0.0)
             b_x = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_T, BLOCK_S]
             if IS_MASKED:
@@ -130,7 +127,7 @@ def _flash_dkdv_kernel(
         start = tl.maximum(pid_s * BLOCK_S + T - S, 0) // BLOCK_T * BLOCK_T
         full = tl.cdiv(tl.maximum((pid_s + 1) * BLOCK_S - 1 + T - S, 0), BLOCK_T) * BLOCK_T
     full = tl.where((pid_s + 1) * BLOCK_S > S, tl.cdiv(T, BLOCK_T) * BLOCK_T, full)
-    for p in range(0, P):
+    for p in range(P):
         h = pid_g * P + p
         for IS_MASKED in tl.static_range(0, 2):
             stop = tl.minimum(full, T) if IS_MASKED else T
@@ -188,9 +185,8 @@ def _flash_dq_kernel(
     v_ptr += pid_b * v_stride_b + pid_h // P * v_stride_g
     rows_o = ((pid_b * T + o_t) * H + pid_h)[:, None]
     rows = (pid_b * H + pid_h) * T + o_t
-    b_q = tl.load(
-        q_ptr + o_t[:, None].to(tl.int64) * q_stride_t + o_d[None, :], mask=m_t[:, None], other=0.0
-    )
+    q_tile = o_t[:, None].to(tl.int64) * q_stride_t
+    b_q = tl.load(q_ptr + q_tile + o_d[None, :], mask=m_t[:, None], other=0.0)
     b_do = tl.load(do_ptr + rows_o * DV + o_e[None, :], mask=m_t[:, None], other=0.0)
     b_lse = tl.load(lse_ptr + rows, mask=m_t, other=float("inf"))
     b_delta = tl.load(delta_ptr + rows, mask=m_t, other=0.0)
@@ -205,10 +201,8 @@ def _flash_dq_kernel(
         for s in range(full if IS_MASKED else 0, end if IS_MASKED else full, BLOCK_S):
             o_s = s + tl.arange(0, BLOCK_S)
             m_s = o_s < S if IS_MASKED else tl.full([BLOCK_S], True, tl.int1)
-            k_tile, v_tile = (
-                o_s[:, None].to(tl.int64) * k_stride_s,
-                o_s[:, None].to(tl.int64) * v_stride_s,
-            )
+            k_tile = o_s[:, None].to(tl.int64) * k_stride_s
+            v_tile = o_s[:, None].to(tl.int64) * v_stride_s
             b_k = tl.load(k_ptr + k_tile + o_d[None, :], mask=m_s[:, None], other=0.0)
             b_v = tl.load(v_ptr + v_tile + o_e[None, :], mask=m_s[:, None], other=0.0)
             b_x = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_T, BLOCK_S]
@@ -227,6 +221,7 @@ def _flash_dq_kernel(
     tl.store(dq_ptr + rows_o * DH + o_d[None, :], b_dq, mask=m_t[:, None])
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Tiles = tuple[int, int, int, int]  # BLOCK_T, BLOCK_S, num_warps, num_stages
 
 
@@ -237,7 +232,7 @@ def _tiles(kernel: str, width: int, dtype: torch.dtype) -> Tiles:
     if kernel == "forward":
         return (128, 128, 8, 2) if width > 64 else (128, 64, 4, 3)
     if kernel == "dkdv":
-        return (64, 128, 8, 2) if width > 64 else (64, 128, 8, 2)
+        return 64, 128, 8, 2
     return (128, 64, 8, 2) if width > 64 else (128, 64, 8, 3)
 
 
@@ -327,22 +322,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, width in (("q", q.shape[3]), ("v", v.shape[3])):
         if width not in (16, 32, 64, 128):
             raise ValueError(f"{name} has head width {width}; the kernels have 16, 32, 64 and 128.")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-    ):
-        raise ValueError(
-            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; all must be float32, float16 or bfloat16."
-        )
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
+        dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise ValueError(f"q, k, v are {dtypes}; all must be float32, float16 or bfloat16.")
     if not q.device == k.device == v.device:
         raise ValueError(
             f"q, k, v are on {q.device}, {k.device}, {v.device}; it must be one device."
         )
     if not q.is_cuda and isinstance(_flash_forward_kernel, triton.JITFunction):
-        raise ValueError(
-            f"q is on {q.device}; without a GPU set TRITON_INTERPRET=1 before this module is imported."
-        )
+        remedy = "without a GPU set TRITON_INTERPRET=1 before importing this module"
+        raise ValueError(f"q is on {q.device}; {remedy}.")
 
 
 def fused_attention(
@@ -365,8 +354,8 @@ def fused_attention(
         One output vector for each query position and query head; 0 where there is no key to read.
 
     Raises:
-        ValueError: If shapes, head counts, head widths, dtypes or devices do not fit, or if there is
-            neither a GPU nor the interpreter.
+        ValueError: If shapes, head counts, head widths, dtypes or devices do not fit, or if there
+            is neither a GPU nor the interpreter.
 
     Reference:
         Dao (2023), arXiv:2307.08691, Algorithms 1 and 2.
