@@ -3,11 +3,11 @@
     PYTHONPATH=src python examples/large_models/flash_attention_bench.py --out flash_attention.json
     PYTHONPATH=src python examples/large_models/flash_attention_bench.py --sweep --out tiles.json
 
-Times are CUDA events around one call each, candidates interleaved, the L2 cache flushed by reading a
-large buffer before each call, three sets of random inputs in rotation; median with the 20th and 80th
-percentile. Work is counted as 4 B H S^2 D operations forward (half when causal), 2.5 times that
-backward. The limits of the machine (copy, read, matrix product) are measured in the same run, at its
-beginning and at its end.
+Times are CUDA events around one call each, candidates interleaved, the L2 cache flushed by reading
+a large buffer before each call, three sets of random inputs in rotation; median with the 20th and
+80th percentile. Work is counted as 4 B H S^2 D operations forward (half when causal) and
+2.5 times as many backward. The limits of the machine (copy, read, matrix product) are measured in
+the same run, at its beginning and at its end.
 """
 
 import argparse
@@ -276,12 +276,17 @@ def sweep(timer: Timer, widths: list[int]) -> list[dict[str, Any]]:
             def choose(name: str, *rest: Any, tiles: Tiles = tiles, kernel: str = kernel) -> Tiles:
                 return tiles if name == kernel else chosen(name, *rest)
 
-            def run(i: int, choose: Any = choose, kernel: str = kernel) -> None:
+            def run(
+                i: int,
+                choose: Any = choose,
+                kernel: str = kernel,
+                x: tuple[Tensor, ...] = (do, q, k, v, out, lse),
+            ) -> None:
                 kernels._tiles = choose
                 if kernel == "forward":
-                    kernels._forward(q, k, v, causal=True)
+                    kernels._forward(*x[1:4], causal=True)
                 else:
-                    kernels._backward(do, q, k, v, out, lse, causal=True)
+                    kernels._backward(*x, causal=True)
 
             begin = time.perf_counter()
             try:
@@ -305,7 +310,7 @@ def sweep(timer: Timer, widths: list[int]) -> list[dict[str, Any]]:
 
 
 def compiled_kernels() -> list[dict[str, Any]]:
-    """Return what was compiled on this machine, with the hash that tells whether it is still current."""
+    """Return what was compiled here, with the hash that tells whether it is still current."""
     rows = []
     for name in ("forward", "delta", "dkdv", "dq"):
         function = getattr(kernels, f"_flash_{name}_kernel")

@@ -135,6 +135,28 @@ def _tidy(text: str) -> str:
     )
 
 
+_CLOSING = frozenset(")]}）］｝」』》〉】”’，。；：、！？,.;:!?%")
+_BASE = '<span class="base">'
+_END = "</span></span>"
+
+
+def joined(rendered: str, after: str) -> str:
+    """Keep the end of a formula in a line together with the punctuation after it.
+
+    A browser may break a line behind a formula's box, so that a full stop begins the next; it
+    does not where the parent of the box forbids breaks (word joiners it ignores; Chromium 156).
+
+    Args:
+        rendered: The formula, from `render`.
+        after: The character after it.
+    """
+    start = rendered.rfind(_BASE)
+    last = rendered[start : -len(_END)]
+    if not after or after not in _CLOSING or start < 0 or last.count("<span") != last.count("</"):
+        return rendered
+    return f'{rendered[:start]}<span class="mdproof-joined">{last}</span>{_END}'
+
+
 def plain(tex: str, *, macros: Mapping[str, str] | None = None, cache: Path | None = None) -> str:
     r"""Return a formula as one line of text, for a table of contents or a search result.
 

@@ -47,7 +47,10 @@ class _Held:
 
     def release(self, text: str) -> str:
         # In an attribute (the `alt` of an image) there is no room for elements.
-        text = _IN_TAG.sub(lambda found: self.release_plain(found.group()), text)
+        # Python-Markdown puts a backslash before what it takes out of a stash there.
+        text = _IN_TAG.sub(
+            lambda found: self.release_plain(found.group().replace("\\\x02", "\x02")), text
+        )
         return _HELD.sub(lambda found: self.html[int(found[1])], text)
 
     def release_plain(self, text: str) -> str:
@@ -114,43 +117,16 @@ def render_inline(text: str) -> str:
     site = _site()
     return _inline(
         text,
-        lambda tex: _render(tex, display=False, site=site),
+        lambda tex, after: katex.joined(_render(tex, display=False, site=site), after),
         lambda code: f"<code>{html.escape(code, quote=False)}</code>",
         lambda rest: html.escape(rest, quote=False),
-        _joined,
     )
 
 
 def plain_inline(text: str) -> str:
     r"""Return a line of text with `$...$` as text alone, for a search result or a `<meta>`."""
     site = _site()
-    return _inline(
-        text,
-        lambda tex: katex.plain(tex, **_options(site)),
-        str,
-        str,
-        lambda rendered, _, start, end: (rendered, start, end),
-    )
-
-
-_OPENING = frozenset("（［｛「『《〈【“‘")
-_CLOSING = frozenset("）］｝」』》〉】”’，。；：、！？,.;")
-
-
-def _joined(rendered: str, text: str, start: int, end: int) -> tuple[str, int, int]:
-    """Keep a formula on one line with the bracket before it and the punctuation after it.
-
-    A browser may break a line on either side of a formula's box, so that a full stop begins one.
-    Returns the HTML, and the part of the text that it stands for.
-    """
-    first = start - 1 if text[max(0, start - 1) : start] in _OPENING else start
-    last = end
-    while text[last : last + 1] in _CLOSING:
-        last += 1
-    if (first, last) == (start, end):
-        return rendered, start, end
-    whole = html.escape(text[first:start]) + rendered + html.escape(text[end:last])
-    return f'<span class="mdproof-joined">{whole}</span>', first, last
+    return _inline(text, lambda tex, _: katex.plain(tex, **_options(site)), str, str)
 
 
 _PIECES = re.compile(rf"(?P<code>`+)(?P<inside>.+?)(?<!`)(?P=code)(?!`)|{INLINE}", re.DOTALL)
@@ -158,19 +134,18 @@ _PIECES = re.compile(rf"(?P<code>`+)(?P<inside>.+?)(?<!`)(?P=code)(?!`)|{INLINE}
 
 def _inline(
     text: str,
-    formula: Callable[[str], str],
+    formula: Callable[[str, str], str],
     code: Callable[[str], str],
     rest: Callable[[str], str],
-    join: Callable[[str, str, int, int], tuple[str, int, int]],
 ) -> str:
     out, done = [], 0
     for found in _PIECES.finditer(text):
         start, end = found.span()
+        out.append(rest(text[done:start].replace(r"\$", "$")))
         if found["code"]:
-            piece = code(found["inside"].strip())
+            out.append(code(found["inside"].strip()))
         else:
-            piece, start, end = join(formula(found[3]), text, start, end)
-        out += [rest(text[done:start].replace(r"\$", "$")), piece]
+            out.append(formula(found[3], text[end : end + 1]))
         done = end
     return "".join([*out, rest(text[done:].replace(r"\$", "$"))])
 
@@ -187,11 +162,9 @@ class _Inline(InlineProcessor):
         if equations.LABEL.search(tex):
             raise self.held.refuse(m.group(), "only a display equation has a label")
         rendered = self.held.render(tex, display=False, whole=m.group())
-        rendered, start, end = _joined(rendered, data, m.start(), m.end())
+        rendered = katex.joined(rendered, data[m.end() : m.end() + 1])
         options = _options(self.held.site)
-        before, after = data[start : m.start()], data[m.end() : end]
-        plain = lambda: before + katex.plain(tex, **options) + after  # noqa: E731
-        return self.held.hold(rendered, plain), start, end
+        return self.held.hold(rendered, lambda: katex.plain(tex, **options)), m.start(), m.end()
 
 
 class _Stray(InlineProcessor):

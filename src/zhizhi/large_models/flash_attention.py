@@ -54,7 +54,7 @@ def attend_tile(
         SoftmaxState(m=tensor([0.]), d=tensor([2.]), o=tensor([[4.]]))
 
     Reference:
-        Dao (2023), arXiv:2307.08691, Section 2.3: numerators that are divided once, at the end.
+        Dao (2023), arXiv:2307.08691, Section 3.1.1: numerators that are divided once, at the end.
     """
     x = q @ k.mT * q.shape[-1] ** -0.5
     if visible is not None:
@@ -120,7 +120,7 @@ def finish_state(
         (tensor([[2.]]), tensor([0.6931]))
 
     Reference:
-        Dao (2023), arXiv:2307.08691, Section 2.3: the log-sum-exp is all that is stored.
+        Dao (2023), arXiv:2307.08691, Section 3.1.1: the log-sum-exp is all that is stored.
     """
     empty = state.d == 0
     out = state.o / state.d.masked_fill(empty, 1.0)[..., None]
