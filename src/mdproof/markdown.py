@@ -303,8 +303,17 @@ class MdproofExtension(Extension):
             words=language,
             shown_libraries=self.getConfig("libraries"),
             figure=lambda name: link(self.md, f"{folder}/{name}"),
+            caption=self._inline(block.options.caption),
             document=document,
         )
+
+    def _inline(self, text: str) -> str:
+        """Return a caption as HTML, its mathematics rendered where the site renders any."""
+        if any(type(e).__name__ == "MathsExtension" for e in self.md.registeredExtensions):
+            from mdproof.maths import render_inline
+
+            return render_inline(text)
+        return html.escape(text)
 
     def _record(self, site: Site) -> tuple[dict[str, Any] | None, str]:
         state = self.state

@@ -82,7 +82,11 @@ def _buttons(copy: Copy | None, bare: str, words: Mapping[str, str]) -> str:
 
 
 def _outputs(
-    block: Block, record: Mapping[str, Any], words: Mapping[str, str], figure: Callable[[str], str]
+    block: Block,
+    record: Mapping[str, Any],
+    words: Mapping[str, str],
+    figure: Callable[[str], str],
+    caption: str,
 ) -> str:
     parts: list[str] = []
     text = "".join(
@@ -107,9 +111,8 @@ def _outputs(
                 for theme in ("light", "dark")
                 for file in [f"{out['name']}.{theme}.svg"]
             )
-            caption = block.options.caption
-            caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-            parts.append(f'<figure class="mdproof-figure">{images}{caption}</figure>')
+            below = f"<figcaption>{caption}</figcaption>" if caption else ""
+            parts.append(f'<figure class="mdproof-figure">{images}{below}</figure>')
     return "".join(parts)
 
 
@@ -123,6 +126,7 @@ def render_block(
     words: Mapping[str, str],
     shown_libraries: Sequence[str],
     figure: Callable[[str], str],
+    caption: str = "",
     document: str = "",
 ) -> str:
     """Return the whole HTML of a block.
@@ -136,6 +140,7 @@ def render_block(
         words: The words of the page's language.
         shown_libraries: Libraries whose versions the chip names.
         figure: Link of a recorded figure's file.
+        caption: HTML below the figures.
         document: HTML between the code and the bar, of a source fence.
     """
     bare = block.shown or block.code
@@ -149,7 +154,7 @@ def render_block(
     else:
         state, hint = "verified", words["verified_hint"]
         how = how_verified(record, words, shown_libraries)
-        outputs = _outputs(block, record, words, figure)
+        outputs = _outputs(block, record, words, figure, caption)
     key = f' data-mdproof-key="{record["key"]}"' if record is not None and not reason else ""
     return (
         f'<div class="mdproof" id="block-{block.index}" data-mdproof-block="{block.index}" '
