@@ -104,7 +104,7 @@ class _Writer:
             raise _DirectiveError(
                 f"needs a number of articles, such as `[[latest: 10]]`; it is {argument!r}"
             )
-        lines = ['<div class="article-list" markdown="1">', ""]
+        lines = ['<div class="article-list" data-search-exclude markdown="1">', ""]
         for article in list_articles(self.site)[: int(argument)]:
             wing = overview.nav_title(self.site, f"{article.wing}/index.md")
             label = f'<span class="article-wing">{html.escape(wing)}</span>' if wing else ""
@@ -117,7 +117,7 @@ class _Writer:
             pages = overview.reading_order(self.site, argument)
         except LookupError as error:
             raise _DirectiveError(str(error)) from None
-        lines = ['<div class="article-list article-list--order" markdown="1">', ""]
+        lines = ['<div class="article-list article-list--order" data-search-exclude markdown="1">', ""]
         for number, page in enumerate(pages, 1):
             if not (self.site.docs / page).is_file():
                 raise _DirectiveError(f"the nav of mkdocs.yml names {page}, which does not exist")

@@ -4,7 +4,9 @@ KaTeX's output is kept twice: in the process and under `.cache/` of the site, wh
 at any time. A cold formula costs some milliseconds, a kept one some microseconds.
 """
 
+import atexit
 import contextlib
+import ctypes
 import functools
 import hashlib
 import html
@@ -51,22 +53,40 @@ def version() -> str:
 
 
 class _Engine:
-    """The one V8 context of this process."""
+    """The one V8 context of this process.
+
+    It is closed while threads still run: left to the end of the interpreter, mini_racer waits for
+    a thread that is gone. A forked child has none of V8's threads; it leaves the context it
+    inherited alone for good and starts its own.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.context: Any = None
-        self.process = 0
+        atexit.register(self.close)
+        os.register_at_fork(after_in_child=self.abandon)
 
     def call(self, tex: str, display: bool, macros: Mapping[str, str]) -> dict[str, Any]:
         with self.lock:
-            if self.context is None or self.process != os.getpid():  # a fork has no V8 threads
+            if self.context is None:
                 from py_mini_racer import MiniRacer  # late: it loads V8
 
-                self.context, self.process = MiniRacer(), os.getpid()
+                self.context = MiniRacer()
                 self.context.eval(SCRIPT.read_text(encoding="utf-8"))
                 self.context.eval(_GLUE)
             return self.context.call("mdproofRender", tex, display, dict(macros))
+
+    def close(self) -> None:
+        with self.lock:
+            if self.context is not None:
+                self.context.close()
+                self.context = None
+
+    def abandon(self) -> None:
+        self.lock = threading.Lock()
+        if self.context is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.context))  # never collected
+            self.context = None
 
 
 _engine = _Engine()

@@ -429,39 +429,51 @@ def _find_copy(run: PageRun, block: Block, record: dict[str, Any]) -> dict[str, 
     return failure
 
 
-def compile_launches(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compile kernel launches for every target without a GPU; see `mdproof.triton.compiling`."""
-    from mdproof.triton import compiling
-
-    return compiling.compile_launches(launches)
-
-
 def _compile(run: PageRun, today: str) -> dict[str, list[dict[str, Any]]]:
-    """Return for each block that launched kernels how they were compiled, target by target."""
+    """Return for each block that launched kernels how these compile, target by target.
+
+    A target that refuses one of a block's kernels (fp8 on sm_80) is not claimed for the block.
+    """
     every: list[dict[str, Any]] = []
     for ran in run.ran.values():
         every += [launch for launch in ran.launches if launch not in every]
     if not every:
         return {}
-    results = compile_launches(every)
+    from mdproof.triton import compiling
+
+    rows = compiling.compile_launches(every)
     found: dict[str, list[dict[str, Any]]] = {}
     for index, ran in run.ran.items():
-        if not ran.launches:
-            continue
-        targets: dict[str, list[dict[str, Any]]] = {}
-        for result in results:
-            if result["launch"] in ran.launches:
-                kernel = {
-                    name: value
-                    for name, value in result.items()
-                    if name not in ("launch", "target")
-                }
-                targets.setdefault(result["target"], []).append(kernel)
-        found[str(index)] = [
-            {"how": "compiled", "target": target, "kernels": kernels, "date": today}
-            for target, kernels in sorted(targets.items(), key=lambda item: int(item[0][3:]))
-        ]
+        ways = []
+        for capability in sorted({row["capability"] for row in rows}):
+            mine = [
+                row
+                for row in rows
+                if row["capability"] == capability
+                and {name: row[name] for name in every[0]} in ran.launches
+            ]
+            if mine and not any(row["error"] for row in mine):
+                kernels = [{name: row[name] for name in _COMPILED} for row in mine]
+                target = f"sm_{capability}"
+                ways.append(
+                    {"how": "compiled", "target": target, "kernels": kernels, "date": today}
+                )
+        found[str(index)] = ways
     return found
+
+
+_COMPILED = (
+    "kernel",
+    "triton",
+    "num_warps",
+    "num_stages",
+    "registers",
+    "stack_bytes",
+    "shared_bytes",
+    "tensor_core",
+    "cubin_sha256",
+)
+"""What a proof keeps of a compiled kernel."""
 
 
 def check_compiled(run: PageRun) -> Failure | None:

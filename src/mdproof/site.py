@@ -29,7 +29,6 @@ class Site:
         articles: Folders of `docs` whose pages must have the `front_matter` fields.
         front_matter: The required fields.
         language: Language of the words that the engine prints on a page.
-        header: Template of the first comment of a runnable copy.
     """
 
     root: Path
@@ -41,7 +40,6 @@ class Site:
     articles: tuple[str, ...] = ()
     front_matter: tuple[str, ...] = ()
     language: str = "en"
-    header: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -96,7 +94,6 @@ def _load_site(root: Path) -> Site:
         articles=tuple(settings.get("articles", ())),
         front_matter=tuple(settings.get("front_matter", ())),
         language=theme.get("language", "en") if isinstance(theme, Mapping) else "en",
-        header=settings.get("header", ""),
         settings={**settings, "mkdocs": mkdocs, "project": project.get("project", {})},
     )
 
