@@ -11,7 +11,7 @@ from typing import Any
 from mdproof.block import Block
 from mdproof.collect import collect
 from mdproof.errors import PageError
-from mdproof.proof import ForgedError, load_proof, staleness
+from mdproof.proof import ForgedError, Proof, load_proof, proof_file, staleness
 from mdproof.reference import Module, UnknownNameError, find_source, read_module
 from mdproof.site import Site, load_site
 
@@ -27,7 +27,6 @@ class State:
         stale: Number of blocks without a proof that holds.
         date: The oldest day on which a block of the page was last verified, or "".
         seconds: Time that the blocks of the page took together.
-        names: Dotted names of the objects that the blocks used, each with its first block.
     """
 
     passed: int
@@ -36,7 +35,6 @@ class State:
     stale: int
     date: str
     seconds: float
-    names: Mapping[str, int]
 
     @property
     def blocks(self) -> int:
@@ -50,18 +48,26 @@ def read_state(site: Site, page: str) -> State:
     Raises:
         PageError: If a block of the page makes no sense, or its proof was changed by hand.
     """
+    sources = max(
+        (_changed(path) for root in site.source for path in root.rglob("*.py")), default=0
+    )
+    proof = proof_file(site, page)
+    return _state(site.root, page, _changed(site.docs / page), _changed(proof), sources)
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _state(root: Path, page: str, *changed: int) -> State:
+    site = load_site(root)
     blocks = _blocks(site, page)
-    try:
-        proof = load_proof(site, page)
-    except ForgedError as error:
-        raise PageError(f"{site.docs.name}/{page}", 1, str(error)) from None
+    proof = _proof(site, page)
     stale = [bool(reason) for reason in staleness(site, blocks, proof)]
-    names: dict[str, int] = {}
     dates: list[str] = []
     seconds = 0.0
     for block, record in zip(blocks, proof.blocks if proof else (), strict=False):
-        for name in (record.get("names") or {}).values():
-            names.setdefault(name, block.index)
         if not stale[block.index - 1] and not block.options.norun:
             dates.append(record.get("date") or "")
             seconds += record.get("seconds") or 0.0
@@ -74,8 +80,29 @@ def read_state(site: Site, page: str) -> State:
         stale=len(run) - len(holds),
         date=min(filter(None, dates), default=""),
         seconds=seconds,
-        names=names,
     )
+
+
+def names_used(site: Site, page: str) -> dict[str, int]:
+    """Return the dotted names of the objects that a page uses, each with its first block."""
+    blocks = _blocks(site, page)
+    proof = _proof(site, page)
+    names: dict[str, int] = {}
+    for block, record in zip(blocks, proof.blocks if proof else (), strict=False):
+        for name in (record.get("names") or {}).values():
+            names.setdefault(name, block.index)
+    for block in blocks:
+        if block.options.source:
+            first = names.get(block.options.source, block.index)
+            names[block.options.source] = min(first, block.index)
+    return names
+
+
+def _proof(site: Site, page: str) -> Proof | None:
+    try:
+        return load_proof(site, page)
+    except ForgedError as error:
+        raise PageError(f"{site.docs.name}/{page}", 1, str(error)) from None
 
 
 def _blocks(site: Site, page: str) -> tuple[Block, ...]:
@@ -148,13 +175,8 @@ def articles_using(site: Site, module: str) -> dict[str, list[tuple[str, int]]]:
     for page in site.pages():
         if not site.is_article(page):
             continue
-        found: dict[str, int] = dict(read_state(site, page).names)
-        for block in _blocks(site, page):
-            if block.options.source:
-                known = found.get(block.options.source, block.index)
-                found[block.options.source] = min(known, block.index)
         blocks: dict[str, int] = {}
-        for name, block in found.items():
+        for name, block in names_used(site, page).items():
             rest = name.removeprefix(f"{module}.")
             if rest != name:
                 owner = f"{module}.{rest.split('.')[0]}"
