@@ -11,11 +11,13 @@
       const script = document.createElement("script");
       script.src = address.href;
       script.onload = () => {
-        // Our own colours come from the theme's style, so the diagram follows light and dark.
         window.mermaid.initialize(settings);
         resolve(window.mermaid);
       };
-      script.onerror = () => reject(new Error("mermaid could not be loaded"));
+      script.onerror = () => {
+        document.documentElement.classList.add("mermaid-failed"); // show the source instead
+        reject(new Error("mermaid could not be loaded"));
+      };
       document.head.append(script);
     });
     return loaded;

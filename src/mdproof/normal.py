@@ -30,6 +30,7 @@ def _dump(node: object) -> str:
     return repr(node)
 
 
+@functools.lru_cache(maxsize=4096)
 def normalise(code: str) -> str:
     """Return a text that two programs share if they differ in comments, docstrings or layout only.
 
