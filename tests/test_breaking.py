@@ -1,0 +1,90 @@
+"""A wrong sign turns a test red and a page red: each main module is broken once, on purpose.
+
+The break is made in a copy of the sources that a child process imports instead; nothing of the
+repository is touched.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdproof.prove import Servers, check_block, open_page
+from mdproof.site import load_site
+
+ROOT = Path(__file__).parents[1]
+
+# Room: what stands in its module, and what it is broken to.
+BREAKS = {
+    "reinforcement_learning/rl_basics": (
+        "identity - mdp.discount * P_pi, r_pi)",
+        "identity + mdp.discount * P_pi, r_pi)",
+    ),
+    "deep_learning/adamw": (
+        "shrunk = (1 - lr * weight_decay) * theta",
+        "shrunk = (1 + lr * weight_decay) * theta",
+    ),
+    "python/autograd": ("lambda g: (g * (1 - y * y),)", "lambda g: (g * (1 + y * y),)"),
+    "large_models/dpo": (
+        "-F.logsigmoid(reward_chosen - reward_rejected)",
+        "-F.logsigmoid(reward_chosen + reward_rejected)",
+    ),
+    "large_models/flash_attention": (
+        "torch.exp(a.m - base), torch.exp(b.m - base)",
+        "torch.exp(a.m - base), torch.exp(b.m + base)",
+    ),
+    "large_models/flash_attention_triton": (
+        "b_dx = b_p * (b_dp - b_delta[:, None])",
+        "b_dx = b_p * (b_dp + b_delta[:, None])",
+    ),
+    "generative_models/ddpm": (
+        "(x_t - _as(shift, x_t) * noise_hat)",
+        "(x_t + _as(shift, x_t) * noise_hat)",
+    ),
+}
+
+
+@pytest.fixture(params=BREAKS)
+def broken(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make children import sources in which one sign is wrong; return the room."""
+    room: str = request.param
+    old, new = BREAKS[room]
+    shutil.copytree(ROOT / "src/zhizhi", tmp_path / "zhizhi")
+    module = tmp_path / "zhizhi" / f"{room}.py"
+    text = module.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    module.write_text(text.replace(old, new), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return room
+
+
+@pytest.mark.slow
+def test_a_wrong_sign_turns_the_page_red(broken: str) -> None:
+    site = load_site(ROOT)
+    page = broken.removesuffix("_triton").replace("_", "-") + ".md"
+    servers = Servers(site)
+    try:
+        run = open_page(site, page, servers)
+        failures = [check_block(run, block) for block in run.blocks]
+    finally:
+        servers.close()
+    assert any(failures)
+
+
+@pytest.mark.slow
+def test_a_wrong_sign_turns_a_unit_test_red(broken: str) -> None:
+    wing, _, name = broken.partition("/")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-m", "not slow", f"tests/{wing}/test_{name}.py"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "1 failed" in done.stdout
