@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 SCRIPT = Path(__file__).parent / "vendor" / "katex" / "katex.min.js"
 
-_SHAPE = "3"  # of what `_tidy` makes of KaTeX's output; enters the key
+_SHAPE = "4"  # of what `_tidy` makes of KaTeX's output; enters the key
 _GLUE = """
 function mdproofRender(tex, display, macros) {
   try {
@@ -143,7 +143,7 @@ def _write(file: Path, text: str) -> None:
         os.replace(name, file)
 
 
-_ANNOTATION = re.compile(r"<annotation\b.*?</annotation>|</?semantics>|(?<=<math) xmlns=\"[^\"]*\"")
+_ANNOTATION = re.compile(r"(?s)<annotation\b.*?</annotation>|</?semantics>|(?<=<math) xmlns=\"[^\"]*\"")
 _MATH = re.compile(r"<math\b.*?</math>", re.DOTALL)
 
 
