@@ -10,7 +10,7 @@ from markdown import Markdown
 from mdproof.block import Block
 from mdproof.config import markdown_extensions
 from mdproof.errors import PageError
-from mdproof.site import Site
+from mdproof.site import Site, making_pipeline
 
 _FENCE = re.compile(r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t>]*(`{3,}|~{3,})")
 
@@ -99,10 +99,13 @@ def make_pipeline(site: Site) -> Markdown:
     """
     mkdocs: dict[str, Any] = site.settings["mkdocs"]
     names, options = markdown_extensions(mkdocs)
+    token = making_pipeline.set(True)
     try:
         md = Markdown(extensions=names, extension_configs=options)
     except ModuleNotFoundError as error:
         raise PageError("mkdocs.yml", 1, f"a Markdown extension is missing: {error}") from None
+    finally:
+        making_pipeline.reset(token)
     md.mdproof_collecting = True  # type: ignore[attr-defined]
     return md
 

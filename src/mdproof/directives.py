@@ -117,7 +117,10 @@ class _Writer:
             pages = overview.reading_order(self.site, argument)
         except LookupError as error:
             raise _DirectiveError(str(error)) from None
-        lines = ['<div class="article-list article-list--order" data-search-exclude markdown="1">', ""]
+        lines = [
+            '<div class="article-list article-list--order" data-search-exclude markdown="1">',
+            "",
+        ]
         for number, page in enumerate(pages, 1):
             if not (self.site.docs / page).is_file():
                 raise _DirectiveError(f"the nav of mkdocs.yml names {page}, which does not exist")
@@ -233,11 +236,9 @@ class _Writer:
         lines += ['<span class="article-sep"> · </span>'.join(facts), ""]
         if article.prerequisites:
             lines += [self._prerequisites(article), ""]
-        lines += ["</div>", ""]
-        if article.tags:  # outside the box, so that the search knows them
-            tags = html.escape(words["list"].join(article.tags))
-            lines += [f'<p class="article-tags">{words["tags"]}{tags}</p>', ""]
-        return lines
+        if article.tags:
+            lines += [words["tags"] + html.escape(words["list"].join(article.tags)), ""]
+        return [*lines, "</div>", ""]
 
     # Parts.
 
@@ -357,6 +358,14 @@ class _Directives(Preprocessor):
         text = file.read_text(encoding="utf-8").split("\n")
         number = next((n for n, other in enumerate(text, 1) if other.strip() == line.strip()), 1)
         return PageError(file.relative_to(site.root).as_posix(), number, message.replace("..", "."))
+
+
+def diagram(
+    source: str, language: str, css_class: str, options: Any, md: Markdown, **kwargs: Any
+) -> str:
+    """Return a diagram's source for the theme to draw; the search does not read it."""
+    code = html.escape(source, quote=False)
+    return f'<pre class="{css_class}" data-search-exclude><code>{code}</code></pre>'
 
 
 class DirectivesExtension(Extension):

@@ -143,7 +143,9 @@ def _write(file: Path, text: str) -> None:
         os.replace(name, file)
 
 
-_ANNOTATION = re.compile(r"(?s)<annotation\b.*?</annotation>|</?semantics>|(?<=<math) xmlns=\"[^\"]*\"")
+_ANNOTATION = re.compile(
+    r"<annotation\b.*?</annotation>|</?semantics>|(?<=<math) xmlns=\"[^\"]*\"", re.DOTALL
+)
 _MATH = re.compile(r"<math\b.*?</math>", re.DOTALL)
 
 
@@ -163,8 +165,9 @@ _END = "</span></span>"
 def joined(rendered: str, after: str) -> str:
     """Keep the end of a formula in a line together with the punctuation after it.
 
-    A browser may break a line behind a formula's box, so that a full stop begins the next; it
-    does not where the parent of the box forbids breaks (word joiners it ignores; Chromium 156).
+    A browser may break a line behind a formula's box, so that a full stop begins the next. It
+    does not where the parent of the box forbids breaks; before `；` and `：`, which Unicode
+    counts with small kana, it needs a word joiner as well (seen in Chromium 156).
 
     Args:
         rendered: The formula, from `render`.
@@ -172,9 +175,15 @@ def joined(rendered: str, after: str) -> str:
     """
     start = rendered.rfind(_BASE)
     last = rendered[start : -len(_END)]
-    if not after or after not in _CLOSING or start < 0 or last.count("<span") != last.count("</"):
+    if (
+        not after
+        or after not in _CLOSING
+        or start < 0
+        or last.count("<span") != last.count("</span")
+    ):
         return rendered
-    return f'{rendered[:start]}<span class="mdproof-joined">{last}</span>{_END}'
+    joiner = "\u2060" if after in "；：" else ""
+    return f'{rendered[:start]}<span class="mdproof-joined">{last}{joiner}</span>{_END}'
 
 
 def plain(tex: str, *, macros: Mapping[str, str] | None = None, cache: Path | None = None) -> str:

@@ -4,6 +4,7 @@ It runs in every builder that runs Python-Markdown. It takes the fences in Pytho
 `pymdownx.superfences`, which must be listed before it.
 """
 
+import functools
 import html
 import logging
 import os
@@ -30,7 +31,7 @@ from mdproof.proof import (
 )
 from mdproof.reference import UnknownNameError, find_source, reference_target
 from mdproof.render import link_names, render_block
-from mdproof.site import Site, is_collecting, link, load_site, page_of
+from mdproof.site import Site, is_collecting, link, load_site, making_pipeline, page_of
 from mdproof.words import words
 
 # A child of MkDocs' own logger: a warning here fails `mkdocs build --strict`.
@@ -121,6 +122,8 @@ class MdproofExtension(Extension):
         )
         if fences is None:
             raise ValueError("mdproof.markdown: list pymdownx.superfences before it")
+        if not making_pipeline.get():
+            _check_encoding()
         md.registerExtension(self)
         self.md: Any = md
         self.fences = fences
@@ -358,6 +361,24 @@ class MdproofExtension(Extension):
             )
         inner = "".join(parts)
         return code, f'<div class="mdproof-foot">{inner}</div>' if inner else ""
+
+
+def _check_encoding() -> None:
+    """Refuse a page that is not UTF-8 here, before a builder does it with a traceback."""
+    try:
+        site = load_site()
+    except FileNotFoundError:
+        return
+    for page in site.pages():
+        _check_page(site, page, (site.docs / page).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=65536)
+def _check_page(site: Site, page: str, mtime: int) -> None:
+    try:
+        read_page(site, page)
+    except PageError as error:
+        raise build_error(error) from None
 
 
 def _module_of(dotted: str, kind: str) -> str:

@@ -1,13 +1,14 @@
-"""Where things are: the root, the pages, the proofs, the sources, read from two files.
+"""Where things are: root, pages, proofs and sources, read from two files.
 
-`mkdocs.yml` says where the pages are and how they are rendered; `[tool.mdproof]` in `pyproject.toml`
-says what the engine needs beyond that. Nothing here imports a builder.
+`mkdocs.yml` says where the pages are and how they are rendered; `[tool.mdproof]` in
+`pyproject.toml` says what the engine needs beyond that. Nothing here imports a builder.
 """
 
 import functools
 import posixpath
 import tomllib
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Site:
     articles: tuple[str, ...] = ()
     front_matter: tuple[str, ...] = ()
     language: str = "en"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def proofs(self) -> Path:
@@ -113,6 +114,10 @@ def page_of(md: Markdown) -> str | None:
     if "rendering_context" in md.preprocessors:  # Zensical
         return md.preprocessors["rendering_context"].page.path  # type: ignore[attr-defined]
     return None
+
+
+making_pipeline: ContextVar[bool] = ContextVar("making_pipeline", default=False)
+"""Whether the engine is making the pipeline for itself, and will look at each page alone."""
 
 
 def is_collecting(md: Markdown) -> bool:

@@ -191,3 +191,22 @@ def test_names_of_the_repository_link_to_their_reference_page(sample: Sample) ->
     assert code == 0, output
     link = '<a class="mdproof-ref" href="../reference/shapes/#sample.shapes.area"'
     assert text.count(link) == 2
+
+
+def test_a_page_that_is_not_utf_8_stops_the_build_with_one_line(sample: Sample) -> None:
+    sample.write("# Home\n", "index.md")
+    (sample.root / "docs/zebra.md").write_bytes(b"# Zebra\n\n\xff\n")
+    code, output, _ = build(sample, "mkdocs")
+    assert code != 0
+    assert "docs/zebra.md:3: the file is not UTF-8" in output
+    assert "Traceback" not in output
+    assert not (sample.root / "site").exists()
+
+
+def test_an_article_without_a_field_stops_the_build_with_one_line(sample: Sample) -> None:
+    sample.write("# Home\n", "index.md")
+    sample.write("---\ntitle: A\n---\n\n# A\n", "articles/a.md")
+    code, output, _ = build(sample, "mkdocs")
+    assert code != 0
+    assert re.search(r"docs/articles/a\.md:\d+: .*`date`", output)
+    assert "Traceback" not in output

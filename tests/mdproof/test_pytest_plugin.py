@@ -63,9 +63,11 @@ def test_a_failure_report_has_at_most_15_lines(sample: Sample) -> None:
 def test_one_broken_page_leaves_the_others_to_go_on(sample: Sample) -> None:
     sample.write(PAGE)
     sample.write('```python nonsense="1"\na\n```\n', "wrong.md")
+    (sample.root / "docs/bytes.md").write_bytes(b"text\n\xff\n")
     result = run(sample, "docs", "--update")
     assert "4 passed" in last(result)
     assert 'docs/wrong.md:1: unknown fence option "nonsense"' in result.stdout
+    assert "docs/bytes.md:2: the file is not UTF-8" in result.stdout
 
 
 def test_stale_runs_nothing_when_nothing_changed(
