@@ -20,7 +20,9 @@ MARKERS = {"triton": ' ; sys_platform == "linux"', "uvloop": ' ; sys_platform !=
 NOT_LOCKED = {"pip", "setuptools", "wheel"}
 
 
-def resolve(requirements: list[str], constraints: dict[str, str]) -> dict[str, tuple[str, set[str]]]:
+def resolve(
+    requirements: list[str], constraints: dict[str, str]
+) -> dict[str, tuple[str, set[str]]]:
     """Return version and known hashes of everything that the requirements need."""
     pins = "".join(f"{name}=={version}\n" for name, version in constraints.items())
     file = HERE / ".constraints"

@@ -31,7 +31,9 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return ((actual.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 
-def assert_yardstick(actual: Tensor, reference: Tensor, truth: Tensor, *, factor: float = 2.0) -> None:
+def assert_yardstick(
+    actual: Tensor, reference: Tensor, truth: Tensor, *, factor: float = 2.0
+) -> None:
     """Raise unless `actual` errs at most `factor` times as much as `reference` does.
 
     Args:
