@@ -428,13 +428,13 @@ def link_references(
         return f'<a class="mdproof-eqref" href="{href}" title="{title}">{shown}</a>'
 
     out: list[str] = []
-    # Of each open element: its name, and whether text in it is (live, code, within a link).
-    stack: list[tuple[str, bool, bool, bool]] = [("", True, False, False)]
+    # Of each open element: its name, how references in it are treated, whether it is in a link.
+    stack = [("", "live", False)]
     end = 0
     for token in _TOKEN.finditer(text):
         piece = text[end : token.start()]
-        _, live, code, in_link = stack[-1]
-        if live and "(eq:" in piece:
+        _, state, in_link = stack[-1]
+        if state == "live" and "(eq:" in piece:
             piece = REFERENCE.sub(one, piece)
         out += [piece, token.group()]
         end = token.end()
@@ -445,19 +445,27 @@ def link_references(
             if any(name == tag for name, *_ in stack[1:]):
                 while stack.pop()[0] != tag:
                     pass
-            continue
-        if tag in _VOID or token["rest"].rstrip().endswith("/"):
-            continue
-        found = _CLASS.search(token["rest"])
-        classes = set(next(filter(None, found.groups()), "").split()) if found else set()
-        if "mdproof-output" in classes:
-            live, code = False, False  # nothing inside comes alive again
-        elif tag in ("pre", "code", "kbd", "samp"):
-            live, code = False, code or tag == "pre"
-        elif code and not live and classes & _COMMENT:
-            live = True
-        stack.append((tag, live, code, in_link or tag == "a"))
-    _, live, code, in_link = stack[-1]
+        elif tag not in _VOID and not token["rest"].rstrip().endswith("/"):
+            stack.append((tag, _state(state, tag, token["rest"]), in_link or tag == "a"))
+    _, state, in_link = stack[-1]
     piece = text[end:]
-    out.append(REFERENCE.sub(one, piece) if live and "(eq:" in piece else piece)
+    out.append(REFERENCE.sub(one, piece) if state == "live" and "(eq:" in piece else piece)
     return "".join(out)
+
+
+def _state(around: str, tag: str, attributes: str) -> str:
+    """Return how references are treated in an element: `live`, `quiet`, or `code`.
+
+    In `code` only comments and docstrings are live; what is quiet stays so to its end.
+    """
+    if around == "quiet":
+        return "quiet"
+    found = _CLASS.search(attributes)
+    classes = next(filter(None, found.groups()), "").split() if found else []
+    if "mdproof-output" in classes:
+        return "quiet"
+    if around == "code":
+        return "live" if _COMMENT.intersection(classes) else "code"
+    if tag == "pre":
+        return "code"
+    return "quiet" if tag in ("code", "kbd", "samp") else around

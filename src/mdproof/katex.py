@@ -25,11 +25,16 @@ SCRIPT = Path(__file__).parent / "vendor" / "katex" / "katex.min.js"
 _SHAPE = "4"  # of what `_tidy` makes of KaTeX's output; enters the key
 _GLUE = """
 function mdproofRender(tex, display, macros) {
+  let broken = false;
+  const strict = code => {
+    broken = broken || code === "newLineInDisplayMode";  // LaTeX ignores such a line break
+    return code === "unicodeTextInMathMode" ? "ignore" : "error";
+  };
   try {
-    return {html: katex.renderToString(tex, {
+    const html = katex.renderToString(tex, {
       displayMode: display, output: "htmlAndMathml", throwOnError: true, trust: false,
-      macros: Object.assign({}, macros),
-      strict: code => code === "unicodeTextInMathMode" ? "ignore" : "error"})};
+      macros: Object.assign({}, macros), strict});
+    return broken ? {error: "a line break needs aligned, cases or the like around it"} : {html};
   } catch (error) {
     if (!(error instanceof katex.ParseError)) throw error;
     return {error: error.rawMessage || error.message, position: error.position};
@@ -125,6 +130,7 @@ def render(
     answer = _engine.call(tex, display, macros)
     if "html" not in answer:
         message = answer["error"].removeprefix("KaTeX parse error: ")
+        message = message.split("strict mode is set to 'error': ")[-1]
         raise TexError(" ".join(message.split()), answer.get("position"))
     result = _tidy(answer["html"])
     _kept[key] = result

@@ -306,17 +306,22 @@ class MdproofExtension(Extension):
             words=language,
             shown_libraries=self.getConfig("libraries"),
             figure=lambda name: link(self.md, f"{folder}/{name}"),
-            caption=self._inline(block.options.caption),
+            caption=self._caption(block, file),
             document=document,
         )
 
-    def _inline(self, text: str) -> str:
+    def _caption(self, block: Block, file: str) -> str:
         """Return a caption as HTML, its mathematics rendered where the site renders any."""
-        if any(type(e).__name__ == "MathsExtension" for e in self.md.registeredExtensions):
-            from mdproof.maths import render_inline
+        text = block.options.caption
+        if not any(type(e).__name__ == "MathsExtension" for e in self.md.registeredExtensions):
+            return html.escape(text)
+        from mdproof.katex import TexError
+        from mdproof.maths import render_inline
 
+        try:
             return render_inline(text)
-        return html.escape(text)
+        except TexError as error:
+            raise PageError(file, block.line, f"caption: {error}") from None
 
     def _record(self, site: Site) -> tuple[dict[str, Any] | None, str]:
         state = self.state
