@@ -335,7 +335,7 @@ def sequence_log_probs(
         tensor([-4.6052])
 
     Reference:
-        Rafailov et al. (2023), arXiv:2305.18290, Appendix B.
+        eric-mitchell/direct-preference-optimization, `_get_batch_logps` in `trainers.py`.
     """
     targets = labels[:, 1:].long()
     n_counted = (targets != ignore_index).sum(dim=-1)
