@@ -10,6 +10,11 @@ from mdproof.errors import PageError
 RUNNABLE = {"python": "code", "py": "code", "python3": "code", "pycon": "doctest"}
 """Languages that are run, and how."""
 
+LOOKS_RUNNABLE = frozenset(
+    {*RUNNABLE, "py3", "pyi", "sage", "ipython", "ipython3", "python-console", "doctest"}
+)
+"""Names, in small letters, of languages that a reader takes for Python that was run."""
+
 HIGHLIGHT = ("title", "title_mode", "hl_lines", "linenums")
 """Options that belong to the highlighter; `hl_lines` and the like are checked there."""
 

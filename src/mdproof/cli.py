@@ -3,10 +3,11 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from mdproof.collect import collect, make_pipeline, shown
 from mdproof.errors import PageError
-from mdproof.proof import ForgedError, load_proof, staleness
+from mdproof.proof import ForgedError, load_proof, orphans, staleness
 from mdproof.prove import Servers, open_page, update_page
 from mdproof.site import Site, load_site
 
@@ -14,15 +15,18 @@ from mdproof.site import Site, load_site
 def status(site: Site) -> int:
     """Print a table of pages and tell by the exit code whether all is fresh."""
     md = make_pipeline(site)
+    proven: list[str] = []
     bad = total = excused = 0
     for page in site.pages():
         try:
             blocks = collect(site, page, md).blocks
             if not blocks:
                 continue
+            proven.append(page)
             proof = load_proof(site, page)
         except (PageError, ForgedError) as error:
             print(error)
+            proven.append(page)
             bad += 1
             continue
         stale = sum(bool(reason) for reason in staleness(site, blocks, proof))
@@ -32,8 +36,11 @@ def status(site: Site) -> int:
         bad += bool(stale)
         total += len(blocks)
         excused += sum(bool(block.options.norun) for block in blocks)
+    left = orphans(site, proven)
+    for file in left:
+        print(f"{file.relative_to(site.root).as_posix()}: no page has these blocks: delete it")
     print(f"{total} blocks, {excused} excused; {bad} pages need `mdproof prove`")
-    return 1 if bad else 0
+    return 1 if bad or left else 0
 
 
 def prove(site: Site, pages: list[str], *, everything: bool) -> int:
@@ -67,6 +74,14 @@ def prove(site: Site, pages: list[str], *, everything: bool) -> int:
     return 1 if failed else 0
 
 
+def _page(site: Site, given: str) -> str:
+    """Return a page that was named by its path, or by its path below `docs`."""
+    for file in (Path(given).resolve(), site.docs / given):
+        if file.is_file() and file.is_relative_to(site.docs):
+            return file.relative_to(site.docs).as_posix()
+    raise PageError(given, 1, f"no such page below {site.docs.name}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="mdproof", description=__doc__)
@@ -78,13 +93,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         site = load_site()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PageError) as error:
         print(error, file=sys.stderr)
         return 2
     try:
         if given.command == "status":
             return status(site)
-        pages = [page.removeprefix(f"{site.docs.name}/") for page in given.pages]
+        pages = [_page(site, page) for page in given.pages]
         return prove(site, pages, everything=given.all or bool(pages))
     except PageError as error:
         print(error, file=sys.stderr)

@@ -106,6 +106,8 @@ def make_pipeline(site: Site) -> Markdown:
         raise PageError("mkdocs.yml", 1, f"a Markdown extension is missing: {error}") from None
     finally:
         making_pipeline.reset(token)
+    if not hasattr(md, "mdproof_state"):
+        raise PageError("mkdocs.yml", 1, "markdown_extensions: mdproof.markdown is not listed")
     md.mdproof_collecting = True  # type: ignore[attr-defined]
     return md
 
@@ -124,20 +126,28 @@ def collect(site: Site, page: str, md: Markdown | None = None) -> Collected:
     """
     text = read_page(site, page)
     body, _ = split_front_matter(text)
-    if "```" not in body and "~~~" not in body and "    " not in body:
+    if not any(mark in body for mark in ("```", "~~~", "    ", "\t", "8<-")):
         return Collected(page)
     md = md or make_pipeline(site)
     md.reset()
     md.mdproof_page = page  # type: ignore[attr-defined]
-    html = md.convert(body)
+    file = shown(site, page)
+    try:
+        html = md.convert(body)
+    except PageError:
+        raise
+    except Exception as error:  # of another extension: a snippet that is not there
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PageError(file, 1, f"the page cannot be rendered: {told}") from None
     state = md.mdproof_state  # type: ignore[attr-defined]
     visible = _Visible()
     visible.feed(html)
-    file = shown(site, page)
     rendered = set(visible.blocks)
     for block in state.blocks:
         if block.index not in rendered:
-            raise PageError(file, block.line, "this fence is shown as indented text, not as code")
+            raise PageError(
+                file, block.line, "this fence is not shown as code (indented, or commented out)"
+            )
     if visible.lost:
         raise PageError(file, _lost(text), "this fence is not closed, or its options are malformed")
     for language, line in state.listings:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from mdproof.errors import PageError
+
 
 class _Loader(yaml.SafeLoader):
     """YAML with the tags that MkDocs and Zensical understand."""
@@ -40,13 +42,26 @@ _Loader.add_constructor("!ENV", _env)
 _Loader.add_constructor("!relative", lambda loader, node: "")
 
 
-def read_mkdocs(root: Path) -> dict[str, Any]:
-    """Return `mkdocs.yml` as a dictionary, `INHERIT` followed."""
-    return _read(root / "mkdocs.yml")
+def read_mkdocs(file: Path) -> dict[str, Any]:
+    """Return `mkdocs.yml` as a dictionary, `INHERIT` followed.
+
+    Raises:
+        PageError: If it cannot be read, or names something that is not there.
+    """
+    try:
+        return _read(file)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or "not YAML"
+        raise PageError(file.name, mark.line + 1 if mark else 1, what) from None
+    except (ImportError, AttributeError, OSError) as error:
+        raise PageError(file.name, 1, str(error)) from None
 
 
 def _read(file: Path) -> dict[str, Any]:
     config = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
+    if not isinstance(config, dict):
+        raise PageError(file.name, 1, "not a table of settings")
     parent = config.pop("INHERIT", None)
     return {**_read(file.parent / parent), **config} if parent else config
 

@@ -1,14 +1,17 @@
 """The runnable copy: for each block the text that the copy button gives, and that is run alone."""
 
 import ast
+import functools
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mdproof.block import Block
 from mdproof.collect import collect
-from mdproof.proof import imported_modules, load_proof, used_libraries
+from mdproof.normal import normalise
+from mdproof.proof import base_page, imported_modules, load_proof, used_libraries
 from mdproof.reference import find_source
 from mdproof.site import Site, load_site
 from mdproof.slicing import LEVELS, Statement, close, read_statements
@@ -17,6 +20,9 @@ _HEADER = {
     "zh": "# {site} · {page} · 第 {block} 段\n# {versions}\n",
     "en": "# {site}: {page}, block {block}\n# {versions}\n",
 }
+
+
+_FUTURE = re.compile(r"(?:#.*\n)*from __future__ ")
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ def header(site: Site, block: Block, libraries: dict[str, str]) -> str:
     template = _HEADER["zh" if site.language.startswith("zh") else "en"]
     return template.format(
         site=site.settings["mkdocs"].get("site_name", ""),
-        page=block.page.removesuffix(".md"),
+        page=base_page(site, block.page).removesuffix(".md"),
         block=block.index,
         versions=versions,
     )
@@ -88,12 +94,11 @@ def _object_closure(site: Site, block: Block) -> tuple[list[str], str]:
 
 
 def _join(texts: Sequence[str]) -> str:
-    out = ""
+    out, gap = "", ""
     for text in texts:
         tall = "\n" in text and text.lstrip().startswith(("def ", "class ", "@", "async "))
-        out += ("\n\n" if tall and out else "") + text + ("\n\n" if tall else "") + "\n"
-    while "\n\n\n\n" in out:
-        out = out.replace("\n\n\n\n", "\n\n\n")
+        out += ("\n\n\n" if tall and gap else gap) + text
+        gap = "\n\n\n" if tall else "\n"
     return out
 
 
@@ -119,7 +124,7 @@ def build_copy(
             if not other.options.norun and not other.options.raises:
                 earlier += read_statements(plain_code(other), other.index)
         prelude = close(earlier, read_statements(body, block.index), level=level)
-    future = [text for text in prelude if text.startswith("from __future__")]
+    future = [text for text in prelude if _FUTURE.match(text)]
     prelude = [*dict.fromkeys(future), *(text for text in prelude if text not in future)]
     above = top + ("\n" + _join(prelude) if prelude else "")
     above = above.rstrip("\n") + ("\n\n" if not _tall(body) else "\n\n\n")
@@ -150,6 +155,31 @@ def recorded_copy(site: Site, blocks: Sequence[Block], record: Mapping[str, Any]
     if not recorded:
         return None
     return build_copy(site, blocks, level=recorded["level"], libraries=recorded["libraries"])
+
+
+def is_recorded(site: Site, blocks: Sequence[Block], record: Mapping[str, Any], copy: Copy) -> bool:
+    """Tell whether a copy of the last of `blocks` is the one that was run.
+
+    A translation's may differ from it in comments and docstrings.
+    """
+    if copy.sha256 == record["copy"]["sha256"]:
+        return True
+    page = blocks[-1].page
+    base = base_page(site, page)
+    if base == page:
+        return False
+    others = _blocks(site, base, (site.docs / base).stat().st_mtime_ns)[: len(blocks)]
+    original = recorded_copy(site, others, record) if len(others) == len(blocks) else None
+    return (
+        original is not None
+        and original.sha256 == record["copy"]["sha256"]
+        and normalise(original.text) == normalise(copy.text)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(site: Site, page: str, mtime: int) -> tuple[Block, ...]:
+    return tuple(collect(site, page).blocks)
 
 
 def payloads(page: str, site: Site | None = None) -> list[str]:

@@ -18,24 +18,29 @@ from markdown.postprocessors import Postprocessor
 from markdown.preprocessors import Preprocessor
 
 from mdproof.article import read_article
-from mdproof.block import HIGHLIGHT, RUNNABLE, Block, read_options
+from mdproof.block import HIGHLIGHT, LOOKS_RUNNABLE, RUNNABLE, Block, read_options
 from mdproof.collect import read_page, shown
-from mdproof.copy import recorded_copy
+from mdproof.copy import is_recorded, recorded_copy
 from mdproof.errors import PageError, build_error
-from mdproof.proof import (
-    ForgedError,
-    Proof,
-    block_key,
-    figure_folder,
-    load_proof,
-)
+from mdproof.proof import ForgedError, Proof, figure_folder, load_proof, record_reason
 from mdproof.reference import UnknownNameError, find_source, reference_target
 from mdproof.render import link_names, render_block
-from mdproof.site import Site, is_collecting, link, load_site, making_pipeline, page_of
+from mdproof.site import (
+    Site,
+    enter_site,
+    is_collecting,
+    link,
+    load_site,
+    making_pipeline,
+    page_of,
+)
 from mdproof.words import words
 
 # A child of MkDocs' own logger: a warning here fails `mkdocs build --strict`.
 _log = logging.getLogger("mkdocs.plugins.mdproof")
+
+
+NEEDS_FENCES = "markdown_extensions: list pymdownx.superfences before mdproof.markdown"
 
 
 @dataclass
@@ -63,6 +68,8 @@ class _Page(Preprocessor):
         page = page_of(md)
         if page is None:
             return lines
+        if not is_collecting(md):
+            enter_site(md)
         site = load_site()
         try:
             text = read_page(site, page)
@@ -121,7 +128,7 @@ class MdproofExtension(Extension):
             None,
         )
         if fences is None:
-            raise ValueError("mdproof.markdown: list pymdownx.superfences before it")
+            raise build_error(PageError("mkdocs.yml", 1, NEEDS_FENCES))
         if not making_pipeline.get():
             _check_encoding()
         md.registerExtension(self)
@@ -149,7 +156,11 @@ class MdproofExtension(Extension):
         highlight = default["formatter"]
 
         def listing(*, src: str, language: str, **kwargs: Any) -> str:
-            self.state.listings.append((language or "", self._line()))
+            state, line = self.state, self._line()
+            if state.page is not None and (language or "").lower() in LOOKS_RUNNABLE:
+                message = f"```{language} is shown and not run: write ```python, or norun and why"
+                raise build_error(PageError(shown(load_site(), state.page), line, message))
+            state.listings.append((language or "", line))
             return highlight(src=src, language=language, **kwargs)
 
         default["formatter"] = listing
@@ -293,7 +304,7 @@ class MdproofExtension(Extension):
 
         pretty = highlighted(code, "pycon" if block.kind == "doctest" else "python")
         copy = recorded_copy(site, state.blocks, record) if record and not reason else None
-        if copy is not None and record is not None and copy.sha256 != record["copy"]["sha256"]:
+        if copy and record and not is_recorded(site, state.blocks, record, copy):
             state.stale.append((block.line, f"the copy of block {block.index} changed"))
             copy = None
         folder = figure_folder(site, page).relative_to(site.docs).as_posix()
@@ -329,14 +340,7 @@ class MdproofExtension(Extension):
         if state.proof is None or position >= len(state.proof.blocks):
             return None, "is not proven yet"
         record = state.proof.blocks[position]
-        key = block_key(
-            site,
-            state.blocks,
-            modules=record["modules"],
-            files=record["files"],
-            libraries=record["libraries"],
-        )
-        return record, "" if key == record["key"] else "changed since it was proven"
+        return record, record_reason(site, state.blocks, record)
 
     def _source(self, site: Site, block: Block, language: dict[str, str]) -> tuple[str, str]:
         """Return an object's code with its docstring folded, and the folded docstring."""
@@ -374,6 +378,8 @@ def _check_encoding() -> None:
         site = load_site()
     except FileNotFoundError:
         return
+    except PageError as error:
+        raise build_error(error) from None
     for page in site.pages():
         _check_page(site, page, (site.docs / page).stat().st_mtime_ns)
 

@@ -52,20 +52,22 @@ def digest(*texts: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _source_digest(path: str, mtime: int) -> str:
+def _source_digest(path: str, mtime: int, size: int) -> str:
     return digest(normalise(Path(path).read_text(encoding="utf-8")))
 
 
 def source_digest(path: Path) -> str:
     """Return the hash of a source file's syntax tree, cached while the file is unchanged."""
-    return _source_digest(str(path), path.stat().st_mtime_ns)
+    stat = path.stat()
+    return _source_digest(str(path), stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=4096)
-def _file_digest(path: str, mtime: int) -> str:
+def _file_digest(path: str, mtime: int, size: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32]
 
 
 def file_digest(path: Path) -> str:
     """Return the hash of a data file's bytes."""
-    return _file_digest(str(path), path.stat().st_mtime_ns)
+    stat = path.stat()
+    return _file_digest(str(path), stat.st_mtime_ns, stat.st_size)

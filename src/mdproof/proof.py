@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,33 +149,44 @@ def canonical(name: str) -> str:
 
 def imported_names(code: str) -> set[str]:
     """Return the top-level names that a program imports, anywhere in it."""
-    found: set[str] = set()
+    return {name.partition(".")[0] for name in _imports(code, "")} - {""}
+
+
+def _imports(code: str, package: str) -> Iterator[str]:
+    """Yield what a program imports, dotted; of `from a import b` both `a` and `a.b`.
+
+    Args:
+        code: The program.
+        package: The package that relative imports start from, "" if there is none.
+    """
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return found
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (package or not node.level):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            module = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args:
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            wanted = node.args[0]
+            if name in ("import_module", "__import__") and isinstance(wanted, ast.Constant):
+                yield str(wanted.value).removeprefix(".")
 
 
 def imported_modules(site: Site, code: str) -> set[str]:
     """Return the repository's modules that a program imports, and those that these import."""
     found: set[str] = set()
-    waiting = [code]
+    waiting = [(code, "")]
     while waiting:
-        for node in ast.walk(ast.parse(waiting.pop())):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            for name in names:
-                if name.partition(".")[0] not in site.packages or name in found:
-                    continue
-                file = module_file(name, site)
-                if file is not None:
-                    found.add(name)
-                    waiting.append(file.read_text(encoding="utf-8"))
+        for name in _imports(*waiting.pop()):
+            if name.partition(".")[0] not in site.packages or name in found:
+                continue
+            file = module_file(name, site)
+            if file is not None:
+                found.add(name)
+                package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+                waiting.append((file.read_text(encoding="utf-8"), package))
     return found
 
 
@@ -210,9 +221,15 @@ def block_code(block: Block) -> str:
         return f"doctest:{block.code}"
     try:
         code = normalise(block.code)
-    except SyntaxError:
+        if code == normalise(""):  # a string alone is no docstring but the block's value
+            code = block.code
+    except (SyntaxError, RecursionError):
         code = block.code
     return f"{block.options.raises}:{code}"
+
+
+_READS_TEXT = re.compile(r"__doc__|\bget(?:source|doc|comments)|\bhelp\(")
+"""Code whose result depends on comments or docstrings."""
 
 
 def block_key(
@@ -236,9 +253,13 @@ def block_key(
     if last.options.norun:
         return digest("norun", last.code, last.options.norun)
     parts = ["run", *(block_code(block) for block in blocks)]
+    reads_text = any(_READS_TEXT.search(block.code) for block in blocks)
+    if reads_text:
+        parts += [block.code for block in blocks]
+    of_source = file_digest if reads_text else source_digest
     for module in sorted(modules):
         file = module_file(module, site)
-        parts += [module, source_digest(file) if file is not None else "missing"]
+        parts += [module, of_source(file) if file is not None else "missing"]
     for name in sorted(files):
         path = site.root / name
         parts += [name, file_digest(path) if path.is_file() else "missing"]
@@ -246,6 +267,42 @@ def block_key(
     for name, version in sorted(libraries.items()):
         parts += [name, locked.get(name, version)]
     return digest(*parts)
+
+
+def record_reason(site: Site, blocks: Sequence[Block], record: dict[str, Any]) -> str:
+    """Return why the record of the last of `blocks` does not hold, "" if it does."""
+    key = block_key(
+        site,
+        blocks,
+        modules=record["modules"],
+        files=record["files"],
+        libraries=record["libraries"],
+    )
+    if key != record["key"]:
+        return "changed since it was proven"
+    damaged = damaged_figure(site, blocks[-1].page, record)
+    return f"figure {damaged} is not the recorded one" if damaged else ""
+
+
+def damaged_figure(site: Site, page: str, record: dict[str, Any]) -> str:
+    """Return the name of a figure's file that is not as it was recorded, "" if there is none."""
+    folder = figure_folder(site, page)
+    for out in record["outputs"]:
+        for theme, recorded in out.get("sha256", {}).items():
+            file = folder / f"{out['name']}.{theme}.svg"
+            if not file.is_file() or file_digest(file) != recorded:
+                return file.name
+    return ""
+
+
+def orphans(site: Site, proven: Iterable[str]) -> list[Path]:
+    """Return the files of proofs that belong to none of the pages that have blocks."""
+    kept = {proof_file(site, page) for page in proven}
+    found = [file for file in site.proofs.rglob("*.json") if file not in kept]
+    found += [
+        file for file in site.proofs.rglob("*.svg") if file.parent.with_suffix(".json") not in kept
+    ]
+    return sorted(found)
 
 
 def staleness(site: Site, blocks: Sequence[Block], proof: Proof | None) -> list[str]:
@@ -257,15 +314,7 @@ def staleness(site: Site, blocks: Sequence[Block], proof: Proof | None) -> list[
         if position >= len(proof.blocks):
             reasons.append("not proven yet")
             continue
-        record = proof.blocks[position]
-        key = block_key(
-            site,
-            blocks[: position + 1],
-            modules=record["modules"],
-            files=record["files"],
-            libraries=record["libraries"],
-        )
-        reasons.append("" if key == record["key"] else "changed since it was proven")
+        reasons.append(record_reason(site, blocks[: position + 1], proof.blocks[position]))
     if reasons and len(proof.blocks) > len(blocks):
         reasons[-1] = reasons[-1] or "blocks were removed since the page was proven"
     return reasons

@@ -13,11 +13,15 @@ from mdproof import figures
 from mdproof.block import Block
 from mdproof.collect import Collected, collect, shown
 from mdproof.compare import first_difference, images, same_figure
-from mdproof.copy import Copy, candidates, plain_code, recorded_copy
+from mdproof.copy import Copy, candidates, is_recorded, plain_code, recorded_copy
+from mdproof.errors import PageError
 from mdproof.proof import (
     Proof,
+    base_page,
+    block_code,
     block_key,
     canonical,
+    damaged_figure,
     figure_folder,
     imported_names,
     load_proof,
@@ -58,7 +62,7 @@ class Servers:
 def _imports(code: str) -> set[str]:
     try:
         return imported_names(code)
-    except SyntaxError:
+    except (SyntaxError, RecursionError):
         return set()
 
 
@@ -182,7 +186,7 @@ def _check_claims(run: PageRun, block: Block, record: dict[str, Any]) -> Failure
     if record["status"] != "passed" or hows != expected:
         claim = ", ".join(sorted(hows))
         return Failure(
-            block.line, f"the record claims {claim}; the run shows {', '.join(expected)}"
+            block.line, f"the record claims {claim}; the run shows {', '.join(sorted(expected))}"
         )
     for name, version in record["libraries"].items():
         locked = locked_versions(run.site).get(canonical(name))
@@ -209,15 +213,14 @@ def _differs(run: PageRun, block: Block, record: dict[str, Any]) -> str:
     drawn_new = [out["svg"] for out in new if out["type"] == "figure"]
     if len(drawn_old) != len(drawn_new):
         return f"{len(drawn_new)} figures, {len(drawn_old)} recorded"
+    damaged = damaged_figure(run.site, run.page, record)
+    if damaged:
+        return f"figure {damaged} is not the recorded one"
     folder = figure_folder(run.site, run.page)
     for out, svg in zip(drawn_old, drawn_new, strict=True):
-        for theme, recorded_hash in out["sha256"].items():
+        for theme in out["sha256"] if not block.options.varies else ():
             file = folder / f"{out['name']}.{theme}.svg"
-            text = file.read_text(encoding="utf-8") if file.is_file() else ""
-            if hashlib.sha256(text.encode()).hexdigest()[:32] != recorded_hash:
-                return f"figure {file.name} is not the recorded one"
-            if block.options.varies:
-                continue
+            text = file.read_text(encoding="utf-8")
             if not same_figure(text, figures.themed(svg, theme)) or not _same_images(text, svg):
                 return f"figure {file.name} changed: {UPDATE}"
     return ""
@@ -276,7 +279,7 @@ def check_copy(run: PageRun, block: Block) -> Failure | None:
     copy = recorded_copy(run.site, run.blocks[: block.index], record) if record else None
     if record is None or copy is None:
         return Failure(block.line, f"no runnable copy is recorded: {UPDATE}")
-    if copy.sha256 != record["copy"]["sha256"]:
+    if not is_recorded(run.site, run.blocks[: block.index], record, copy):
         return Failure(block.line, f"the runnable copy is not the recorded one: {UPDATE}")
     return run_copy(run, block, copy, record["outputs"])
 
@@ -295,7 +298,15 @@ class Updated:
 
 
 def update_page(run: PageRun) -> Updated:
-    """Run a page and its copies and record what was seen; nothing is written if anything fails."""
+    """Run a page and its copies and record what was seen; nothing is written if anything fails.
+
+    A translation has no proof of its own: its code must be that of the page it translates.
+
+    Raises:
+        PageError: If the proof cannot be written.
+    """
+    if base_page(run.site, run.page) != run.page:
+        return Updated(_compare_translation(run))
     failures = {
         block.index: failure
         for block in run.blocks
@@ -330,14 +341,29 @@ def update_page(run: PageRun) -> Updated:
     if failures:
         return Updated(failures)
     proof = Proof(run.page, records)
-    if run.proof is not None and run.proof.blocks == records:
+    if run.proof is not None and run.proof.blocks == records and not drawings:
         return Updated({})
     folder = figure_folder(run.site, run.page)
-    for name, svg in drawings.items():
-        write_text(folder / name, svg)
-    save_proof(run.site, proof)
-    _remove_orphans(folder, records)
+    try:
+        for name, svg in drawings.items():
+            write_text(folder / name, svg)
+        save_proof(run.site, proof)
+        _remove_orphans(folder, records)
+    except OSError as error:
+        raise PageError(run.file, 1, f"its proof cannot be written: {error}") from None
     return Updated({}, written=True)
+
+
+def _compare_translation(run: PageRun) -> dict[int, Failure]:
+    base = base_page(run.site, run.page)
+    originals = [block_code(block) for block in collect(run.site, base).blocks]
+    theirs = [block_code(block) for block in run.blocks]
+    if originals == theirs:
+        return {}
+    pairs = zip(run.blocks, [*originals, *([None] * len(theirs))], theirs, strict=False)
+    differ = next((block for block, one, two in pairs if one != two), run.blocks[-1])
+    message = f"the code is not that of {base}, whose proof this page shares"
+    return {differ.index: Failure(differ.line, message)}
 
 
 def _same_record(run: PageRun, block: Block, old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -42,12 +42,15 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "MarkdownP
     """Collect a page of the site that this folder belongs to."""
     if file_path.suffix != ".md":
         return None
+    from mdproof.errors import PageError
     from mdproof.site import load_site
 
     try:
         site = load_site(file_path.parent)
     except FileNotFoundError:
         return None
+    except PageError as error:
+        raise pytest.Collector.CollectError(str(error)) from None
     if not file_path.is_relative_to(site.docs) or file_path.is_relative_to(site.proofs):
         return None
     return MarkdownPage.from_parent(parent, path=file_path)
@@ -68,12 +71,12 @@ class MarkdownPage(pytest.File):
 
         site = load_site(self.path.parent)
         stash = self.config.stash
-        if _SERVERS not in stash:
-            stash[_SERVERS] = Servers(site)
-            stash[_PIPELINE] = make_pipeline(site)
         page = self.path.relative_to(site.docs).as_posix()
         self.update = bool(self.config.getoption("--update"))
         try:
+            if _SERVERS not in stash:
+                stash[_PIPELINE] = make_pipeline(site)
+                stash[_SERVERS] = Servers(site)
             collected = collect(site, page, stash[_PIPELINE])
             if not collected.blocks:
                 return
@@ -174,6 +177,10 @@ class _PageItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Return at most 15 lines: file and line, the cause, the code around it."""
+        from mdproof.errors import PageError
+
+        if isinstance(excinfo.value, PageError):
+            return str(excinfo.value)
         if not isinstance(excinfo.value, BlockFailed):
             return super().repr_failure(excinfo, style)
         return report(self.markdown.run, self.block, excinfo.value.args[0])

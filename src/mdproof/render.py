@@ -59,11 +59,21 @@ def _attribute(text: str) -> str:
     return html.escape(text, quote=True).replace("\n", "&#10;")
 
 
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)")
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+
+
+def screen(text: str) -> str:
+    """Return an output as a terminal leaves it: no colours, and what a progress bar wrote last."""
+    lines = _ESCAPE.sub("", text).replace("\r\n", "\n").split("\n")
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines).translate(_CONTROL)
+
+
 def _label(kind: str, label: str, text: str) -> str:
     return (
         f'<div class="mdproof-output{kind}" data-search-exclude>'
         f'<span class="mdproof-label">{html.escape(label)}</span>'
-        f'<pre tabindex="0"><code>{html.escape(text.rstrip())}</code></pre></div>'
+        f'<pre tabindex="0"><code>{html.escape(screen(text).rstrip())}</code></pre></div>'
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 from mdproof import figures
 from mdproof.block import Block
 from mdproof.errors import PageError
+from mdproof.proof import base_page
 from mdproof.site import Site
 
 PAGE_TIMEOUT = 300.0
@@ -90,6 +92,7 @@ class Server:
         self._libraries = tuple(libraries)
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
+        self._job = 0
         self._folder = tempfile.TemporaryDirectory(prefix="mdproof-")
 
     def __enter__(self) -> "Server":
@@ -100,21 +103,30 @@ class Server:
 
     def close(self) -> None:
         """End the worker."""
-        process, self._process = self._process, None
-        if process is not None:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.close()
-            try:
-                process.wait(_GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
+        self._end(_GRACE)
         self._folder.cleanup()
 
+    def _end(self, grace: float = 0.0) -> None:
+        """End the job that is running, and the worker; the next job starts another."""
+        self._end_job()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
     def _start(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mdproof.worker", *self._libraries],
                 stdin=subprocess.PIPE,
@@ -140,22 +152,37 @@ class Server:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
 
+    def _end_job(self) -> None:
+        """End the process of the job that is running, and what it has started."""
+        for end in (os.killpg, os.kill) if self._job else ():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                end(self._job, signal.SIGKILL)
+        self._job = 0
+
     def run(self, job: dict[str, Any]) -> list[Ran]:
         """Run a job; return what became of each block that was started.
 
         A block that hangs, exits, crashes or exhausts memory is a failure of that block; the blocks
         after it are not started.
         """
+        try:
+            return self._run(job)
+        except BaseException:
+            self._end()
+            raise
+
+    def _run(self, job: dict[str, Any]) -> list[Ran]:
         process = self._start()
-        assert process.stdin is not None
         stderr = Path(self._folder.name, "stderr")
-        job = {**job, "stderr": str(stderr), "memory": MEMORY}
-        process.stdin.write(json.dumps(job).encode() + b"\n")
-        process.stdin.flush()
+        limits = {"memory": MEMORY, "seconds": PAGE_TIMEOUT + 2 * _GRACE}
+        job = {**job, **limits, "stderr": str(stderr)}
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died just now: the first event says so
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.flush()
         blocks = {block["index"]: block for block in job["blocks"]}
         done: list[Ran] = []
         current: int | None = None
-        pid = 0
         page_end = time.monotonic() + PAGE_TIMEOUT + 60
         deadline = page_end
         cause = ""
@@ -164,18 +191,15 @@ class Server:
             if event is None:
                 whole = time.monotonic() >= page_end
                 limit = PAGE_TIMEOUT if whole else blocks[current]["timeout"] if current else 0
-                cause = f"takes longer than {limit:g} s" + (" (the page)" if whole else "")
-                if pid:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(pid, signal.SIGKILL)
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                deadline = page_end = time.monotonic() + _GRACE
-                if not pid:
+                late = f"takes longer than {limit:g} s" + (" (the page)" if whole else "")
+                cause = cause or late
+                if not self._job:
                     process.kill()
+                self._end_job()
+                deadline = page_end = time.monotonic() + _GRACE
                 continue
             if event["event"] == "forked":
-                pid = event["pid"]
+                self._job = event["pid"]
                 page_end = time.monotonic() + PAGE_TIMEOUT
             elif event["event"] == "start":
                 current = event["block"]
@@ -183,8 +207,15 @@ class Server:
             elif event["event"] == "done":
                 done.append(_ran(event, blocks[event["block"]]))
                 current, deadline = None, page_end
-            elif event["event"] in ("exit", "lost"):
+            elif event["event"] == "exit":
+                self._job = 0
                 break
+            elif event["event"] == "lost":
+                self._end()
+                break
+        if current is None and not done and blocks:
+            current = next(iter(blocks))
+            cause = cause or "the worker process was lost before the block began"
         if current is not None:
             status = event.get("status", 0)
             cause = cause or _death(status, stderr)
@@ -231,18 +262,21 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
     run = [block for block in blocks if not block.options.norun]
     file = site.docs / page
     lines: list[str] = []
+    first: dict[int, int] = {}
     for block in run:
-        lines += [""] * (block.first - 1 - len(lines)) + block.code.splitlines()
+        lines += [""] * (block.first - 1 - len(lines))
+        first[block.index] = len(lines) + 1  # later than block.first if a snippet brought it
+        lines += block.code.split("\n")
     return {
         "file": str(file),
-        "name": page.removesuffix(".md").replace("/", "_").replace("-", "_").replace(".", "_"),
+        "name": _module_name(site, page),
         "program": "\n".join(lines) + "\n",
         "root": str(site.root),
         "packages": list(site.packages),
         "blocks": [
             {
                 "index": block.index,
-                "first": block.first,
+                "first": first[block.index],
                 "code": block.code,
                 "kind": "doctest" if block.kind == "doctest" else "code",
                 "raises": block.options.raises,
@@ -251,6 +285,12 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
             for block in run
         ],
     }
+
+
+def _module_name(site: Site, page: str) -> str:
+    """Return a name that no other module has, and that a page shares with its translations."""
+    name = re.sub(r"[/.-]", "_", base_page(site, page).removesuffix(".md"))
+    return name if "_" in name else f"page_{name}"
 
 
 def copy_job(site: Site, text: str, split: int, block: Block, folder: Path) -> dict[str, Any]:

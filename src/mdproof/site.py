@@ -15,13 +15,15 @@ from typing import Any
 
 from markdown import Markdown
 
+from mdproof.errors import PageError
+
 
 @dataclass(frozen=True)
 class Site:
     """One site: its folders and the settings of `[tool.mdproof]`.
 
     Attributes:
-        root: The folder of `mkdocs.yml`.
+        root: The folder of `mkdocs.yml`, or of the file that stands for it.
         docs: The folder of the pages.
         source: Roots of the repository's own Python sources.
         packages: Names of the repository's own packages; what they import is part of a proof.
@@ -75,13 +77,45 @@ def find_root(start: Path | None = None) -> Path:
     raise FileNotFoundError(f"no mkdocs.yml in {start} or above it: run mdproof inside a site")
 
 
+_SETTINGS: dict[str, type] = {
+    "source": list,
+    "packages": list,
+    "lock": str,
+    "preload": list,
+    "articles": list,
+    "front_matter": list,
+    "require_language": bool,
+    "macros": dict,
+    "tests": list,
+}
+"""What `[tool.mdproof]` may hold."""
+
+
+def _read_project(file: Path) -> dict[str, Any]:
+    """Return `pyproject.toml`, `[tool.mdproof]` checked; empty if there is none."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    try:
+        project = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PageError(file.name, 1, f"not TOML: {error}") from None
+    for key, value in project.get("tool", {}).get("mdproof", {}).items():
+        line = 1 + next((n for n, x in enumerate(text.split("\n")) if x.startswith(key)), 0)
+        if key not in _SETTINGS:
+            known = ", ".join(_SETTINGS)
+            raise PageError(file.name, line, f"[tool.mdproof] has no {key!r}; known are {known}")
+        if not isinstance(value, _SETTINGS[key]):
+            kind = _SETTINGS[key].__name__
+            raise PageError(file.name, line, f"[tool.mdproof] {key} is {value!r}, not a {kind}")
+    return project
+
+
 @functools.cache
-def _load_site(root: Path) -> Site:
+def _load_site(config: Path) -> Site:
     from mdproof.config import read_mkdocs  # late: it reads YAML
 
-    mkdocs = read_mkdocs(root)
-    file = root / "pyproject.toml"
-    project = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    root = config.parent
+    mkdocs = read_mkdocs(config)
+    project = _read_project(root / "pyproject.toml")
     settings = project.get("tool", {}).get("mdproof", {})
     lock = settings.get("lock")
     theme = mkdocs.get("theme") or {}
@@ -100,8 +134,30 @@ def _load_site(root: Path) -> Site:
 
 
 def load_site(start: Path | None = None) -> Site:
-    """Read the site that `start` (default: the working directory) belongs to."""
-    return _load_site(find_root(start))
+    """Read the site that `start` belongs to; by default the one being built, or of the directory.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        PageError: If its settings make no sense.
+    """
+    config = _building.get() if start is None else None
+    return _load_site(config or find_root(start) / "mkdocs.yml")
+
+
+_building: ContextVar[Path | None] = ContextVar("building", default=None)
+
+
+def enter_site(md: Markdown) -> None:
+    """Make the site whose page a builder renders with `md` the default, wherever it was started."""
+    if "relpath" in md.treeprocessors:  # MkDocs
+        config = md.treeprocessors["relpath"].config.config_file_path  # type: ignore[attr-defined]
+    elif "rendering_context" in md.preprocessors:  # Zensical
+        folder = md.preprocessors["rendering_context"].config["root_dir"]  # type: ignore[attr-defined]
+        config = f"{folder}/mkdocs.yml"
+    else:
+        return
+    if Path(config).is_file():
+        _building.set(Path(config).resolve())
 
 
 def page_of(md: Markdown) -> str | None:

@@ -264,7 +264,7 @@ def read_statements(code: str, block: int) -> list[Statement]:
     Raises:
         SyntaxError: If the code is not Python.
     """
-    lines = code.splitlines()
+    lines = code.split("\n")  # as the parser counts; a string may hold other line separators
     found: list[Statement] = []
     floor = 0
     body = ast.parse(code).body
@@ -301,6 +301,11 @@ def _is_import(node: ast.stmt) -> bool:
     return isinstance(node, ast.Import | ast.ImportFrom)
 
 
+def is_future(node: ast.stmt) -> bool:
+    """Tell whether a statement changes how all that follows is compiled."""
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
 def _reduced_import(statement: Statement, live: set[str]) -> str:
     node = statement.node
     assert isinstance(node, ast.Import | ast.ImportFrom)
@@ -309,7 +314,7 @@ def _reduced_import(statement: Statement, live: set[str]) -> str:
         for alias in node.names
         if alias.name == "*"
         or (alias.asname or alias.name).partition(".")[0] in live
-        or (isinstance(node, ast.ImportFrom) and node.module == "__future__")
+        or is_future(node)
     ]
     if len(wanted) == len(node.names):
         return statement.text
@@ -363,7 +368,7 @@ def _backward(
         star = isinstance(statement.node, ast.ImportFrom) and any(
             alias.name == "*" for alias in statement.node.names
         )
-        felt = statement.ambient & ({""} | modules)
+        felt = statement.ambient & ({""} | modules) or is_future(statement.node)
         if not (statement.binds & walk.live or touches & walk.live or felt or star):
             continue
         walk.kept.append(

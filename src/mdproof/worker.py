@@ -6,6 +6,8 @@ input; the child answers with a line of JSON for each block it starts and ends, 
 one when the child is gone, however it went. Only the standard library is imported here.
 """
 
+import __future__
+
 import ast
 import contextlib
 import doctest
@@ -38,6 +40,15 @@ class _FailedError(Exception):
     """A block did what it must not; the message says what."""
 
 
+class _Output(io.StringIO):
+    """What a block prints."""
+
+    def write(self, text: str) -> int:
+        """Take a text; a lone surrogate raises, as it does where Python prints."""
+        text.encode()
+        return super().write(text)
+
+
 class _Files:
     """Records the files of the repository that the page opens."""
 
@@ -47,9 +58,11 @@ class _Files:
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
-        if event != "open" or not isinstance(args[0], str | os.PathLike):
+        if event != "open" or not isinstance(args[0], str | bytes | os.PathLike):
             return
-        path = os.path.abspath(os.fspath(args[0]))
+        path = os.path.abspath(os.fsdecode(args[0]))
+        if not path.startswith(self.root):
+            path = os.path.realpath(path)
         if path.startswith(self.root) and not path.endswith((".py", ".pyc", ".md")):
             below = path[len(self.root) :]
             if not below.startswith((".", "src" + os.sep + "mdproof")) and os.path.isfile(path):
@@ -65,20 +78,24 @@ class Page:
         self.packages = tuple(job["packages"])
         self.files = _Files(Path(job["root"]))
         self.launches: list[Any] | None = None
+        self.pid = os.getpid()
+        self.flags = 0  # of the `from __future__` imports so far
         self._stack = contextlib.ExitStack()
         module = types.ModuleType(job["name"])
         module.__file__ = self.file
         sys.modules[job["name"]] = module
         self.namespace = module.__dict__
         # Tracebacks, inspect.getsource and Triton read the page as if it were this program.
-        lines = [f"{line}\n" for line in job["program"].splitlines()]
+        lines = [f"{line}\n" for line in job["program"].removesuffix("\n").split("\n")]
         linecache.cache[self.file] = (len(job["program"]), None, lines, self.file)
 
     def run(self, block: dict[str, Any]) -> dict[str, Any]:
         """Run one block and return what it did."""
-        out = io.StringIO()
+        out = _Output()
         started = time.perf_counter()
+        past = _printed_past()
         outputs: list[dict[str, Any]] = []
+        drawn: list[str] = []
         error: dict[str, Any] | None = None
         value_text = ""
         mark = 0
@@ -87,16 +104,24 @@ class Page:
             warnings.simplefilter("ignore", ResourceWarning)  # as Python itself does
             try:
                 value_text, mark = self._execute(block, out)
+                if out.closed:
+                    raise _FailedError("the block closes sys.stdout")
             except BaseException as raised:
                 error = self._explain(raised, block)
-        text = out.getvalue()[mark:]
-        if error is None:
-            error = self._complain(caught, len(text) + len(value_text), block)
+            try:
+                drawn = _draw()
+            except Exception as raised:
+                error = error or self._explain(raised, block)
+        if os.getpid() != self.pid:  # the block forked, and this is the child
+            os._exit(0 if error is None else 1)
+        text = "" if out.closed else out.getvalue()[mark:]
+        if error is None or _expected(error, block):
+            printed = len(text) + len(value_text)
+            error = self._complain(caught, printed, _printed_past()[len(past) :], block) or error
         if text:
             outputs.append({"type": "stdout", "text": text})
         if value_text:
             outputs.append({"type": "value", "text": value_text})
-        drawn = figures.take()
         outputs += [{"type": "figure", "svg": svg} for svg in drawn]
         launches, self_launches = [], self.launches
         if self_launches:
@@ -112,11 +137,17 @@ class Page:
             "launches": launches,
         }
 
+    def _compile(self, tree: ast.Expression | ast.Module) -> types.CodeType:
+        mode = "eval" if isinstance(tree, ast.Expression) else "exec"
+        return compile(tree, self.file, mode, flags=self.flags, dont_inherit=True)
+
     def _execute(self, block: dict[str, Any], out: io.StringIO) -> tuple[str, int]:
         if block["kind"] == "doctest":
             self._doctest(block)
             return "", 0
         tree = ast.parse(block["code"], self.file)
+        if "split" in block:
+            self._compile(tree)  # a copy is one program: `from __future__` stands at its beginning
         ast.increment_lineno(tree, block["first"] - 1)
         mark, value = 0, None
         split = block.get("split", 0)
@@ -124,17 +155,20 @@ class Page:
             if split and node.lineno >= split and mark == 0:
                 mark, split = out.tell(), 0
                 figures.take()
+            if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+                features = [getattr(__future__, alias.name, None) for alias in node.names]
+                self.flags |= sum(feature.compiler_flag for feature in features if feature)
             last = position == len(tree.body) - 1
             if last and isinstance(node, ast.Expr):
-                code = compile(ast.Expression(node.value), self.file, "eval", dont_inherit=True)
-                value = eval(code, self.namespace)
+                value = eval(self._compile(ast.Expression(node.value)), self.namespace)
             else:
-                code = compile(ast.Module([node], []), self.file, "exec", dont_inherit=True)
-                exec(code, self.namespace)
+                exec(self._compile(ast.Module([node], [])), self.namespace)
             self._watch_triton()
         if value is None or _is_drawing(value):
             return "", mark
-        return repr(value), mark
+        text = repr(value)
+        text.encode()
+        return text, mark
 
     def _watch_triton(self) -> None:
         if self.launches is None and "triton.runtime.interpreter" in sys.modules:
@@ -148,6 +182,10 @@ class Page:
             block["code"], self.namespace, "block", self.file, block["first"] - 1
         )
         test.globs = self.namespace
+        if not test.examples:
+            raise _FailedError("this pycon fence has no >>> example that is run")
+        if any(example.options.get(doctest.SKIP) for example in test.examples):
+            raise _FailedError("doctest: +SKIP leaves an example out unseen; norun says why")
         report = io.StringIO()
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.REPORT_NDIFF
         runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
@@ -157,10 +195,14 @@ class Page:
             raise _FailedError("doctest: " + " ".join(report.getvalue().split("\n", 4)[-1].split()))
 
     def _explain(self, raised: BaseException, block: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(raised, SystemExit):
+        kinds = [base.__name__ for base in type(raised).__mro__]
+        wanted = block.get("raises") in kinds
+        if isinstance(raised, _FailedError):
+            kinds = []
+        if isinstance(raised, SystemExit) and not wanted:
             message = f"the block leaves the interpreter: SystemExit({raised.code!r})"
             raised = _FailedError(message).with_traceback(raised.__traceback__)
-        if isinstance(raised, MemoryError):
+        if isinstance(raised, MemoryError) and not wanted:
             message = "the block needs more memory than the limit allows"
             raised = _FailedError(message).with_traceback(raised.__traceback__)
         frames = [
@@ -175,8 +217,8 @@ class Page:
         kind = type(raised).__name__ if not isinstance(raised, _FailedError) else ""
         return {
             "type": kind,
-            "kinds": [base.__name__ for base in type(raised).__mro__],
-            "message": str(raised),
+            "kinds": kinds,
+            "message": _message(raised),
             "line": line or block["first"],
             "frames": [
                 [name.removeprefix(root), number, text]
@@ -187,9 +229,17 @@ class Page:
         }
 
     def _complain(
-        self, caught: list[warnings.WarningMessage], printed: int, block: dict[str, Any]
+        self,
+        caught: list[warnings.WarningMessage],
+        printed: int,
+        past: bytes,
+        block: dict[str, Any],
     ) -> dict[str, Any] | None:
-        """Turn a warning that our own code caused, or a flood of output, into a failure."""
+        """Turn a warning that our own code caused, and output that is lost, into a failure."""
+        if past:
+            start = past[:80].decode(errors="replace").strip()
+            message = f"a child process or C code prints past sys.stdout: {start!r}"
+            return self._explain(_FailedError(message), block)
         if printed > OUTPUT_LIMIT:
             return self._explain(_FailedError(f"prints {printed} characters"), block)
         root = self.job["root"] + os.sep
@@ -217,7 +267,7 @@ class Page:
         """Return the repository's objects that the block's names stand for, by dotted name."""
         if block["kind"] == "doctest":
             return {}
-        with contextlib.suppress(SyntaxError):
+        with contextlib.suppress(SyntaxError, RecursionError):
             found: dict[str, str] = {}
             for node in ast.walk(ast.parse(block["code"])):
                 for text, value in self._objects(node):
@@ -247,13 +297,43 @@ def _is_drawing(value: Any) -> bool:
     return all(type(item).__module__.startswith("matplotlib.") for item in values)
 
 
+def _draw() -> list[str]:
+    """Return the open figures; what matplotlib warns of then (a character it lacks) shows there."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        drawn = figures.take()
+    told = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    if told:
+        raise _FailedError(f"drawing the figure warns: {told[0]}")
+    return drawn
+
+
+def _message(raised: BaseException) -> str:
+    try:
+        text = str(raised)
+    except Exception as error:
+        text = f"(its message raises {type(error).__name__})"
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _dotted(value: Any) -> str:
     if isinstance(value, types.ModuleType):
         return value.__name__
-    value = getattr(value, "fn", value)  # a Triton kernel
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    callable_ = inspect.isclass(value) or inspect.isroutine(value) or hasattr(value, "__code__")
-    return f"{module}.{name}" if callable_ and isinstance(module, str) and name else ""
+    with contextlib.suppress(Exception):  # an object may answer getattr with anything
+        value = getattr(value, "fn", value)  # a Triton kernel
+        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+        callable_ = inspect.isclass(value) or inspect.isroutine(value) or hasattr(value, "__code__")
+        return f"{module}.{name}" if callable_ and isinstance(module, str) and name else ""
+    return ""
+
+
+def _printed_past() -> bytes:
+    """Return what stands in the file that is this process's real standard output."""
+    with contextlib.suppress(OSError, ValueError):  # closed, or put to another use
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()
+        return os.pread(1, OUTPUT_LIMIT, 0)
+    return b""
 
 
 def _limit_memory(mebibytes: int) -> None:
@@ -265,16 +345,28 @@ def _limit_memory(mebibytes: int) -> None:
 
 def _child(job: dict[str, Any], channel: int, stderr: int) -> None:
     os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.alarm(int(job["seconds"]))  # should whoever watches the time be gone
+    with open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
     os.dup2(stderr, 2)
+    with tempfile.TemporaryFile(prefix="mdproof-") as past:
+        os.dup2(past.fileno(), 1)
     faulthandler.enable()
-    sys.stdin, sys.stdout = os.fdopen(0, "r", closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stdin = os.fdopen(0, "r", closefd=False)
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(
+        os.fdopen(1, "wb", buffering=0, closefd=False), encoding="utf-8", write_through=True
+    )
+    terminal = sys.stdout
+
+    def print_past() -> None:
+        if isinstance(sys.stdout, _Output):  # a forked process prints where nobody collects
+            sys.stdout = terminal
+
+    os.register_at_fork(after_in_child=print_past)
 
     def say(**event: Any) -> None:
-        data = (json.dumps(event, ensure_ascii=False) + "\n").encode()
+        data = (json.dumps(event, ensure_ascii=False) + "\n").encode(errors="replace")
         while data:
             data = data[os.write(channel, data) :]
 
@@ -299,6 +391,7 @@ def _expected(error: dict[str, Any], block: dict[str, Any]) -> bool:
 
 def serve(libraries: list[str]) -> None:
     """Read jobs until standard input closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever gives the jobs ends them
     channel = os.dup(1)
     os.dup2(2, 1)
     for name in libraries:
