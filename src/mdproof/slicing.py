@@ -42,7 +42,7 @@ class Statement:
         node: The syntax tree.
         text: Its source, decorators and the comments right above it included.
         block: Number of the block that it stands in.
-        reads: Module-level names that it, or a function in it, looks up.
+        reads: Module-level names that it, or a function in it, may look up before it binds them.
         later: Those of them that a function in it looks up when it is called.
         assigns: Module-level names that a function in it binds when it is called.
         binds: Names that it may bind.
@@ -106,6 +106,52 @@ def _names(text: str, node: ast.stmt) -> _Names:
             found.reads |= gone
             found.binds |= gone
     return found
+
+
+def _exposed(node: ast.stmt) -> set[str]:
+    """Return the names that a statement may look up before it has bound them itself.
+
+    A loop that begins its body with `out = f(x)` and reads `out` after that needs no `out` from
+    before.
+    """
+    if isinstance(node, ast.For | ast.AsyncFor):
+        body = _exposed_in(node.body, set(_bound_by(node.target)))
+        written = _looked_up(node.target) - _bound_by(node.target)
+        return _looked_up(node.iter) | written | body | _exposed_in(node.orelse)
+    if isinstance(node, ast.While | ast.If):
+        return _looked_up(node.test) | _exposed_in(node.body) | _exposed_in(node.orelse)
+    if isinstance(node, ast.With | ast.AsyncWith):
+        found, bound = set(), set()
+        for item in node.items:
+            found |= _looked_up(item.context_expr) - bound
+            if item.optional_vars is not None:
+                found |= _looked_up(item.optional_vars) - _bound_by(item.optional_vars) - bound
+                bound |= _bound_by(item.optional_vars)
+        return found | _exposed_in(node.body, bound)
+    if isinstance(node, ast.Try | ast.TryStar):
+        # A handler may run after any part of the body, so what the body binds does not help it.
+        found = _exposed_in(node.body) | _exposed_in(node.orelse) | _exposed_in(node.finalbody)
+        for handler in node.handlers:
+            found |= _looked_up(handler.type) if handler.type is not None else set()
+            found |= _exposed_in(handler.body, {handler.name} if handler.name else set())
+        return found
+    return _names(ast.unparse(node), node).reads
+
+
+def _exposed_in(body: Sequence[ast.stmt], bound: set[str] | None = None) -> set[str]:
+    bound, found = set(bound or ()), set()
+    for node in body:
+        found |= _exposed(node) - bound
+        bound |= _certain(node)
+    return found
+
+
+def _looked_up(node: ast.expr) -> set[str]:
+    return _names(ast.unparse(node), ast.Expr(node)).reads
+
+
+def _bound_by(target: ast.expr) -> set[str]:
+    return _certain(ast.Assign(targets=[target], value=target))
 
 
 def _certain(node: ast.stmt) -> set[str]:
@@ -272,6 +318,7 @@ def read_statements(code: str, block: int) -> list[Statement]:
         text = _text_of(lines, node, floor)
         floor = node.end_lineno or floor
         names = _names(text, node)
+        names.reads = _exposed(node) | names.later | (names.reads & names.assigns)
         surely, possibly = _changes(node, is_last=node is body[-1])
         found.append(
             Statement(

@@ -130,6 +130,18 @@ def test_an_unknown_level_is_refused() -> None:
         closed("a = 1\n", "a\n", level="huge")
 
 
+def test_a_name_bound_in_a_body_before_it_is_read_needs_nothing_from_before() -> None:
+    block = "for i in (1, 2):\n    out = i\n    print(out)\n"
+    assert closed("out = 0\ni = 5\n", block) == []
+    assert closed("out = 0\n", "for i in (1, 2):\n    print(out)\n    out = i\n") == ["out = 0"]
+    assert closed("out = 0\n", "if True:\n    out = 1\nprint(out)\n") == ["out = 0"]
+    assert closed("out = 0\n", "while True:\n    out = 1\n    break\nprint(out)\n") == ["out = 0"]
+    stream = "with io.StringIO() as f:\n    f.write('x')\n"
+    assert closed("import io\nf = 0\n", stream) == ["import io"]
+    assert closed("a = 0\n", "try:\n    a = 1\nexcept OSError:\n    print(a)\n") == ["a = 0"]
+    assert closed("a = []\n", "for a[0:1] in ([1],):\n    pass\n") == ["a = []"]
+
+
 NAMES = st.sampled_from("abcd")
 STATEMENTS = st.one_of(
     st.builds("{} = {}".format, NAMES, st.integers(0, 9)),
@@ -139,6 +151,8 @@ STATEMENTS = st.one_of(
     st.builds("{} += {}".format, NAMES, NAMES),
     st.builds("for i in range(2):\n    {} = {} + {}".format, NAMES, NAMES, NAMES),
     st.builds("if {}:\n    {} = {}".format, NAMES, NAMES, NAMES),
+    st.builds("for i in (1, 2):\n    {} = {}\n    {} = {}".format, NAMES, NAMES, NAMES, NAMES),
+    st.builds("try:\n    {} = {}\nfinally:\n    {} = {}".format, NAMES, NAMES, NAMES, NAMES),
     st.builds("def {}(v=1):\n    return {}".format, st.sampled_from("fg"), NAMES),
     st.builds("{} = (lambda: {})()".format, NAMES, NAMES),
     st.builds("{}, {} = {}, {}".format, NAMES, NAMES, NAMES, NAMES),
