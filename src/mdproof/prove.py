@@ -38,19 +38,24 @@ UPDATE = "run `pytest docs --update` and look at what changes"
 
 
 class Servers:
-    """The worker processes of a session: one bare, one with the site's preloaded libraries."""
+    """The worker processes of a session: bare ones, and ones with the site's preloaded libraries.
+
+    Pages run under one hash seed and copies under another, so what depends on the order of a set
+    shows itself as a copy that prints something else.
+    """
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self._open: dict[bool, Server] = {}
+        self._open: dict[tuple[bool, int], Server] = {}
 
-    def run(self, job: dict[str, Any]) -> list[Ran]:
+    def run(self, job: dict[str, Any], *, hash_seed: int = 0) -> list[Ran]:
         """Run a job in the worker that suits its imports."""
         wanted = {*self.site.preload, *self.site.packages}
         loaded = any(_imports(block["code"]) & wanted for block in job["blocks"])
-        if loaded not in self._open:
-            self._open[loaded] = Server(self.site.preload if loaded else ())
-        return self._open[loaded].run(job)
+        libraries = self.site.preload if loaded else ()
+        if (loaded, hash_seed) not in self._open:
+            self._open[loaded, hash_seed] = Server(libraries, hash_seed=hash_seed)
+        return self._open[loaded, hash_seed].run(job)
 
     def close(self) -> None:
         """End the workers."""
@@ -257,7 +262,7 @@ def run_copy(
     """Run a copy alone, and compare what its block prints with what the page records."""
     with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
         job = copy_job(run.site, copy.text, copy.split, block, Path(folder))
-        ran = run.servers.run(job)[0]
+        ran = run.servers.run(job, hash_seed=1)[0]
     if ran.failure is not None:
         return Failure(block.line, f"the runnable copy fails alone: {ran.failure.message}")
     if block.kind == "doctest" or block.options.varies:

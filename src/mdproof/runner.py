@@ -67,14 +67,14 @@ class Ran:
         )
 
 
-def environment() -> dict[str, str]:
+def environment(hash_seed: int = 0) -> dict[str, str]:
     """Return the environment that blocks run in: this one's tools, and nothing that varies."""
     keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "TMPDIR", "SYSTEMROOT")
     fixed = {
         "LANG": "C.UTF-8",
         "LC_ALL": "C.UTF-8",
         "TZ": "UTC",
-        "PYTHONHASHSEED": "0",
+        "PYTHONHASHSEED": str(hash_seed),
         "PYTHONIOENCODING": "utf-8",
         "MPLBACKEND": "agg",
         "MATPLOTLIBRC": str(figures.STYLE),
@@ -88,8 +88,9 @@ def environment() -> dict[str, str]:
 class Server:
     """A worker process that forks a child for each job; use as a context manager."""
 
-    def __init__(self, libraries: Sequence[str] = ()) -> None:
+    def __init__(self, libraries: Sequence[str] = (), *, hash_seed: int = 0) -> None:
         self._libraries = tuple(libraries)
+        self._hash_seed = hash_seed
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._job = 0
@@ -131,7 +132,7 @@ class Server:
                 [sys.executable, "-m", "mdproof.worker", *self._libraries],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=environment(),
+                env=environment(self._hash_seed),
             )
             self._buffer = b""
         return self._process
