@@ -1,5 +1,6 @@
 # Two commands: `make serve` shows the site, `make test` proves it. Both make their environment.
-PYTHON ?= python3
+# The lock holds the CPU build of torch for Python 3.11 on Linux, so that one comes first.
+PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= auto
@@ -34,7 +35,7 @@ $(VENV)/docs.stamp: requirements/docs.lock | $(BIN)/python
 $(VENV)/dev.stamp: requirements/dev.lock pyproject.toml | $(BIN)/python
 	@echo "==> installing everything that proving needs (requirements/dev.lock; some minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/dev.lock || \
-	  { echo "The locked set does not install here. On Linux the lock means the CPU build of torch 2.13.0: point pip at an index that has it (PIP_EXTRA_INDEX_URL)."; exit 1; }
+	  { echo "The locked set does not install here. On Linux the lock means the CPU build of torch 2.13.0 for Python 3.11: point pip at an index that has it (PIP_EXTRA_INDEX_URL), and name that Python (make PYTHON=python3.11)."; exit 1; }
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@ $(VENV)/docs.stamp
 

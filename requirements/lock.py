@@ -5,11 +5,14 @@ Run in the development environment, `python requirements/lock.py`, after changin
 pulled in) and the configured indexes for the hashes, so that the lock serves other platforms too.
 """
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 from pip._internal.commands import create_command
 
@@ -17,6 +20,9 @@ HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"
 HEAD = "# Made by requirements/lock.py; do not edit. Install with --no-deps --require-hashes.\n"
 MARKERS = {"triton": ' ; sys_platform == "linux"', "uvloop": ' ; sys_platform != "win32"'}
+CUDA = re.compile(
+    r"linux.*x86_64"
+)  # PyPI's torch for Linux is the CUDA build; the lock is for the CPU's
 NOT_LOCKED = {"pip", "setuptools", "wheel"}
 
 
@@ -36,7 +42,12 @@ def resolve(
     found: dict[str, tuple[str, set[str]]] = {}
     for item in report["install"]:
         name, version = item["metadata"]["name"], item["metadata"]["version"].partition("+")[0]
-        sha = item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
+        download = item["download_info"]
+        sha = download.get("archive_info", {}).get("hashes", {}).get("sha256")
+        if sha is None and download["url"].startswith("file:"):  # a folder of wheels
+            sha = hashlib.sha256(
+                Path(unquote(urlparse(download["url"]).path)).read_bytes()
+            ).hexdigest()
         found[name.lower().replace("_", "-")] = version, {sha} if sha else set()
     return found
 
@@ -60,6 +71,8 @@ def all_hashes(name: str, version: str) -> set[str]:
             for file in parse_links(page):
                 stem = file.filename.lower().replace("_", "-")
                 exact = (f"-{version}-", f"-{version}.tar.gz", f"-{version}.zip")
+                if name == "torch" and CUDA.search(file.filename):
+                    continue
                 right = stem.startswith(name.replace("_", "-")) and any(e in stem for e in exact)
                 if right and file.hash_name == "sha256" and file.hash and not file.is_yanked:
                     hashes.add(file.hash)
