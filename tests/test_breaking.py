@@ -27,14 +27,18 @@ BREAKS = {
         "shrunk = (1 - lr * weight_decay) * theta",
         "shrunk = (1 + lr * weight_decay) * theta",
     ),
+    "deep_learning/softmax_cross_entropy": (
+        "return log_sum_exp(logits) - picked",
+        "return log_sum_exp(logits) + picked",
+    ),
     "python/autograd": ("lambda g: (g * (1 - y * y),)", "lambda g: (g * (1 + y * y),)"),
     "large_models/dpo": (
         "-F.logsigmoid(reward_chosen - reward_rejected)",
         "-F.logsigmoid(reward_chosen + reward_rejected)",
     ),
     "large_models/flash_attention": (
-        "torch.exp(a.m - base), torch.exp(b.m - base)",
-        "torch.exp(a.m - base), torch.exp(b.m + base)",
+        "d = a.d * scale_a + b.d * scale_b",
+        "d = a.d * scale_a - b.d * scale_b",
     ),
     "large_models/flash_attention_triton": (
         "b_dx = b_p * (b_dp - b_delta[:, None])",

@@ -11,6 +11,8 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from zhizhi.deep_learning.softmax_cross_entropy import rebase
+
 
 class SoftmaxState(NamedTuple):
     r"""What has to be remembered of the keys seen so far, one entry for each query.
@@ -91,9 +93,7 @@ def merge_states(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
     Reference:
         Milakov & Gimelshein (2018), arXiv:1805.02867, Eq. (4).
     """
-    m = torch.maximum(a.m, b.m)
-    base = m.masked_fill(m == -torch.inf, 0.0)  # both empty: 0 - (-inf) instead of NaN
-    scale_a, scale_b = torch.exp(a.m - base), torch.exp(b.m - base)
+    m, scale_a, scale_b = rebase(a.m, b.m)
     d = a.d * scale_a + b.d * scale_b  # (eq:flash-merge)
     o = a.o * scale_a[..., None] + b.o * scale_b[..., None]
     return SoftmaxState(m, d, o)
