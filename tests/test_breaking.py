@@ -27,6 +27,10 @@ BREAKS = {
         "shrunk = (1 - lr * weight_decay) * theta",
         "shrunk = (1 + lr * weight_decay) * theta",
     ),
+    "deep_learning/gradient_checkpointing": (
+        "_Cut(i + revolve_forwards(n_steps - i, n_slots - 1)",
+        "_Cut(i - revolve_forwards(n_steps - i, n_slots - 1)",
+    ),
     "deep_learning/softmax_cross_entropy": (
         "return log_sum_exp(logits) - picked",
         "return log_sum_exp(logits) + picked",
