@@ -35,6 +35,10 @@ BREAKS = {
         "return log_sum_exp(logits) - picked",
         "return log_sum_exp(logits) + picked",
     ),
+    "deep_learning/upsampling": (
+        "return (1 - (u[:, None] - pixels).abs())",
+        "return (1 + (u[:, None] - pixels).abs())",
+    ),
     "python/autograd": ("lambda g: (g * (1 - y * y),)", "lambda g: (g * (1 + y * y),)"),
     "large_models/dpo": (
         "-F.logsigmoid(reward_chosen - reward_rejected)",
