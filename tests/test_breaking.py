@@ -40,6 +40,10 @@ BREAKS = {
         "return (1 + (u[:, None] - pixels).abs())",
     ),
     "python/autograd": ("lambda g: (g * (1 - y * y),)", "lambda g: (g * (1 + y * y),)"),
+    "python/tf_export": (
+        "args, keywords = (*func.args, *args), {**func.keywords, **keywords}",
+        "args, keywords = (*args, *func.args), {**func.keywords, **keywords}",
+    ),
     "large_models/dpo": (
         "-F.logsigmoid(reward_chosen - reward_rejected)",
         "-F.logsigmoid(reward_chosen + reward_rejected)",
