@@ -138,7 +138,7 @@ def _tall(body: str) -> bool:
 
 def candidates(site: Site, blocks: Sequence[Block]) -> list[tuple[Copy, dict[str, str]]]:
     """Return the copies to try, smallest first, each with the libraries that its header names."""
-    levels = LEVELS[:1] if blocks[-1].kind == "source" else LEVELS
+    levels = ("slice",) if blocks[-1].kind == "source" else LEVELS
     found: dict[str, tuple[Copy, dict[str, str]]] = {}
     for level in levels:
         bare = build_copy(site, blocks, level=level, libraries={})

@@ -2,9 +2,11 @@
 
 Backward from the block: a statement is kept if it binds a name that is needed, changes an object
 that a needed name stands for, or sets something ambient (the environment, a global seed). Which
-calls change their arguments cannot be known, so there are three levels, each larger: `slice` trusts
-that an assignment leaves its arguments alone, `wide` trusts no call, `all` keeps everything.
-Whoever uses a slice runs it and compares the output; a level that fails gives way to the next.
+calls change their arguments cannot be known, so there are four levels, each larger: `tight` trusts
+that a call whose result is used leaves its arguments alone, and that a result does not call what it
+came from; `slice` trusts the first outside of loops only, and the second not; `wide` trusts no
+call, `all` keeps everything. Whoever uses a slice runs it and compares the output, and what the
+names that the block reads stand for; a level that fails gives way to the next.
 """
 
 import ast
@@ -13,7 +15,7 @@ import symtable
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-LEVELS = ("slice", "wide", "all")
+LEVELS = ("tight", "slice", "wide", "all")
 
 _AMBIENT_CALLS = frozenset(
     {
@@ -49,6 +51,9 @@ class Statement:
         kills: Names that it certainly binds anew.
         touches: Names whose objects it changes, as far as `slice` believes.
         may_touch: Names whose objects it could change.
+        sets: Names whose objects it changes by assignment, `a.b = 1` or `a[0] += 1`.
+        calls_on: Names whose objects it changes by a call, as far as `tight` believes.
+        values: Module-level names that it reads other than to call them.
         ambient: Names of modules in which it changes something that every later statement feels;
             "" if it does so for certain.
     """
@@ -63,6 +68,9 @@ class Statement:
     kills: frozenset[str]
     touches: frozenset[str]
     may_touch: frozenset[str]
+    sets: frozenset[str]
+    calls_on: frozenset[str]
+    values: frozenset[str]
     ambient: frozenset[str]
 
 
@@ -264,6 +272,62 @@ def _changes(node: ast.stmt, *, is_last: bool) -> tuple[set[str], set[str]]:
     return surely, possibly | surely
 
 
+def _tight_changes(node: ast.stmt, *, is_last: bool) -> tuple[set[str], set[str]]:
+    """Return the names whose objects a statement changes by assignment, and by a call.
+
+    A call changes something if it stands alone, if its name says so (`append`, `add_`), or if it
+    is given a source of randomness. A loop changes what its statements change.
+    """
+    sets: set[str] = set()
+    by_call: set[str] = set()
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return sets, by_call
+    for part in _own(node):
+        targets: Sequence[ast.expr] = ()
+        if isinstance(part, ast.Assign | ast.Delete):
+            targets = part.targets
+        elif isinstance(part, ast.AugAssign | ast.AnnAssign | ast.For | ast.AsyncFor):
+            targets = (part.target,)
+        for target in targets:
+            inner = [n for n in ast.walk(target) if isinstance(n, ast.Attribute | ast.Subscript)]
+            sets |= {name for name in map(_base, inner) if name}
+            if isinstance(part, ast.AugAssign) and isinstance(target, ast.Name):
+                sets.add(target.id)
+        value = part.value if isinstance(part, ast.Expr) else None
+        call = value.value if isinstance(value, ast.Await) else value
+        if isinstance(call, ast.Call):
+            is_shown = is_last and part is node and isinstance(call.func, ast.Attribute)
+            if not is_shown and _call_name(call) not in _SILENT_CALLS:
+                by_call |= _loaded([*call.args, *(k.value for k in call.keywords)])
+                by_call |= {name for name in [_base(call.func)] if name}
+        if isinstance(part, ast.Call):
+            name = _call_name(part)
+            says = name in _CHANGING_CALLS or (name.endswith("_") and not name.startswith("_"))
+            if says and isinstance(part.func, ast.Attribute):
+                by_call |= {base for base in [_base(part.func)] if base}
+            random = (k.value for k in part.keywords if k.arg in _RANDOM_ARGUMENTS)
+            by_call |= _loaded(random)
+        if isinstance(part, ast.With | ast.AsyncWith):
+            by_call |= _loaded(item.context_expr for item in part.items)
+    return sets, by_call
+
+
+def _only_called(node: ast.stmt) -> set[str]:
+    """Return the names that a statement reads for nothing but to call them."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return set()  # what its body calls, it calls when it is called
+    called = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+    places = {id(func) for func in called if isinstance(func, ast.Name)}
+    reads = [
+        part
+        for part in ast.walk(node)
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
+    ]
+    inside = any(isinstance(part, ast.Lambda | ast.FunctionDef) for part in ast.walk(node))
+    others = {part.id for part in reads if id(part) not in places}
+    return set() if inside else {part.id for part in reads} - others
+
+
 def _ambient(node: ast.stmt) -> set[str]:
     """Return the modules whose global state a statement sets, "" for the environment.
 
@@ -320,6 +384,7 @@ def read_statements(code: str, block: int) -> list[Statement]:
         names = _names(text, node)
         names.reads = _exposed(node) | names.later | (names.reads & names.assigns)
         surely, possibly = _changes(node, is_last=node is body[-1])
+        sets, calls_on = _tight_changes(node, is_last=node is body[-1])
         found.append(
             Statement(
                 node=node,
@@ -332,6 +397,9 @@ def read_statements(code: str, block: int) -> list[Statement]:
                 kills=frozenset(_certain(node)),
                 touches=frozenset(surely),
                 may_touch=frozenset(possibly),
+                sets=frozenset(sets),
+                calls_on=frozenset(calls_on),
+                values=frozenset(names.reads - _only_called(node)),
                 ambient=frozenset(_ambient(node)),
             )
         )
@@ -370,6 +438,39 @@ def _reduced_import(statement: Statement, live: set[str]) -> str:
     return ast.unparse(ast.ImportFrom(module=node.module, names=wanted, level=node.level))
 
 
+def _fixed(statements: Sequence[Statement]) -> set[str]:
+    """Return the names of functions, classes and imports, which a call does not change."""
+    defined: set[str] = set()
+    others: set[str] = set()
+    for statement in statements:
+        kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        (defined if isinstance(statement.node, kinds) else others).update(statement.binds)
+    return (defined | set(dir(builtins))) - others
+
+
+def _once(texts: Sequence[str]) -> list[str]:
+    """Leave out an import of names that the texts before it have imported in the same way."""
+    known: dict[str, str] = {}
+    kept: list[str] = []
+    for text in texts:
+        (node, *rest) = ast.parse(text).body
+        if rest or not _is_import(node) or is_future(node):
+            for name in _names(text, node).binds:
+                known.pop(name, None)
+            kept.append(text)
+            continue
+        assert isinstance(node, ast.Import | ast.ImportFrom)
+        origin = "." * getattr(node, "level", 0) + (getattr(node, "module", "") or "")
+        given = {a.asname or a.name: f"{origin}:{a.name}:{a.asname}" for a in node.names}
+        if "*" in given or any(known.get(name) != where for name, where in given.items()):
+            kept.append(text)
+        if "*" in given:
+            known.clear()
+        else:
+            known |= given
+    return kept
+
+
 class _Calls:
     """What a mere look at a name may lead to, if it stands for something that can be called.
 
@@ -377,16 +478,18 @@ class _Calls:
     whatever name, or an object of a class that does, may call it.
     """
 
-    def __init__(self, statements: Sequence[Statement]) -> None:
+    def __init__(self, statements: Sequence[Statement], *, tight: bool = False) -> None:
         self.later: dict[str, set[str]] = {}
         self.assigns: dict[str, set[str]] = {}
         changed = True
         while changed:
             changed = False
             for statement in statements:
-                later = set(statement.later) | self.looked_up(statement.reads)
-                assigns = set(statement.assigns) | self.bound(statement.reads)
-                for name in statement.binds | statement.touches:
+                held = statement.values if tight else statement.reads
+                changed_by = statement.sets | statement.calls_on if tight else statement.touches
+                later = set(statement.later) | self.looked_up(held)
+                assigns = set(statement.assigns) | self.bound(held)
+                for name in statement.binds | changed_by:
                     for known, new in ((self.later, later), (self.assigns, assigns)):
                         old = known.setdefault(name, set())
                         changed |= not new <= old
@@ -402,11 +505,20 @@ class _Calls:
 
 
 def _backward(
-    earlier: Sequence[Statement], live: set[str], *, wide: bool, calls: _Calls, modules: set[str]
+    earlier: Sequence[Statement],
+    live: set[str],
+    *,
+    level: str,
+    calls: _Calls,
+    modules: set[str],
+    fixed: set[str],
 ) -> _Walk:
     walk = _Walk(live=set(live) | calls.looked_up(live))
+    wide = level == "wide"
     for statement in reversed(earlier):
         touches = set(statement.may_touch if wide else statement.touches)
+        if level == "tight":
+            touches = statement.sets | (statement.calls_on - fixed)
         defines = isinstance(statement.node, ast.FunctionDef | ast.AsyncFunctionDef)
         if not defines:
             touches |= calls.bound(statement.reads)
@@ -451,14 +563,15 @@ def close(earlier: Sequence[Statement], block: Sequence[Statement], *, level: st
         raise ValueError(f"level is {level!r}; known are {', '.join(LEVELS)}")
     if level == "all":
         return [statement.text for statement in earlier]
-    calls = _Calls([*earlier, *block])
+    calls = _Calls([*earlier, *block], tight=level == "tight")
     modules = {name for s in earlier if _is_import(s.node) for name in s.binds}
+    fixed = _fixed([*earlier, *block])
     bound = {name for statement in earlier for name in statement.binds}
     live = needed_before(block)
     while True:
-        walk = _backward(earlier, live, wide=level == "wide", calls=calls, modules=modules)
+        walk = _backward(earlier, live, level=level, calls=calls, modules=modules, fixed=fixed)
         # A kept function may call one that is defined after it; that name is needed at the end too.
         missing = (walk.live & bound) - _BUILTINS - live
         if not missing:
-            return walk.kept
+            return _once(walk.kept)
         live |= missing

@@ -126,7 +126,7 @@ def test_a_printed_final_expression_changes_nothing() -> None:
 
 
 def test_an_unknown_level_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^level is 'huge'; known are slice, wide, all$"):
+    with pytest.raises(ValueError, match=r"^level is 'huge'; known are tight, slice, wide, all$"):
         closed("a = 1\n", "a\n", level="huge")
 
 
