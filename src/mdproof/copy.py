@@ -1,6 +1,5 @@
 """The runnable copy: for each block the text that the copy button gives, and that is run alone."""
 
-import ast
 import functools
 import hashlib
 import re
@@ -9,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdproof.block import Block
+from mdproof.closure import object_closure
 from mdproof.collect import collect
 from mdproof.normal import normalise
 from mdproof.proof import base_page, imported_modules, load_proof, used_libraries
-from mdproof.reference import find_source
 from mdproof.site import Site, load_site
 from mdproof.slicing import LEVELS, Statement, close, read_statements
 
@@ -67,32 +66,6 @@ def plain_code(block: Block) -> str:
     return "\n".join(line[4:] for line in lines if line.startswith((">>>", "...")))
 
 
-def _object_closure(site: Site, block: Block) -> tuple[list[str], str]:
-    """Return what of its module an object needs, and the object itself, closed over the module."""
-    source = find_source(block.options.source, site)
-    module = source.file.read_text(encoding="utf-8")
-    statements = [
-        statement
-        for statement in read_statements(module, 0)
-        if not (
-            isinstance(statement.node, ast.Expr) and isinstance(statement.node.value, ast.Constant)
-        )
-    ]
-    inside = [
-        statement
-        for statement in statements
-        if statement.node.lineno <= source.last_line
-        and (statement.node.end_lineno or 0) >= source.first_line
-    ]
-    others = [statement for statement in statements if statement not in inside]
-    kept = close(others, inside, level="slice")
-    before = [s.text for s in others if s.node.lineno < source.first_line]
-    after = {s.text for s in others if s.node.lineno > source.last_line}
-    first = [text for text in kept if text in before or text not in after]
-    later = [text for text in kept if text not in first]
-    return [*first, *later], "\n\n\n".join(statement.text for statement in inside)
-
-
 def _join(texts: Sequence[str]) -> str:
     out, gap = "", ""
     for text in texts:
@@ -116,7 +89,7 @@ def build_copy(
     block = blocks[-1]
     top = header(site, block, libraries)
     if block.kind == "source":
-        prelude, body = _object_closure(site, block)
+        prelude, body = object_closure(site, block)
     else:
         body = plain_code(block).rstrip("\n")
         earlier: list[Statement] = []

@@ -340,7 +340,7 @@ class MdproofExtension(Extension):
         if state.proof is None or position >= len(state.proof.blocks):
             return None, "is not proven yet"
         record = state.proof.blocks[position]
-        return record, record_reason(site, state.blocks, record)
+        return record, record_reason(site, state.blocks, state.proof.blocks[: position + 1])
 
     def _source(self, site: Site, block: Block, language: dict[str, str]) -> tuple[str, str]:
         """Return an object's code with its docstring folded, and the folded docstring."""

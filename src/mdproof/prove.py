@@ -179,6 +179,7 @@ def _check_claims(run: PageRun, block: Block, record: dict[str, Any]) -> Failure
     ran = run.ran[block.index]
     claims = {
         "modules": ran.modules,
+        "entered": ran.entered,
         "files": ran.files,
         "names": ran.names,
         "libraries": _libraries(run, block, ran),
@@ -390,7 +391,9 @@ def _new_record(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a block's record, and its drawings by file name."""
     if block.options.norun:
-        key = block_key(run.site, run.blocks[: block.index], modules=(), files=(), libraries={})
+        key = block_key(
+            run.site, run.blocks[: block.index], modules=(), entered=(), files=(), libraries={}
+        )
         return {
             "key": key,
             "kind": block.kind,
@@ -402,6 +405,7 @@ def _new_record(
             "outputs": [],
             "libraries": {},
             "modules": [],
+            "entered": [],
             "files": [],
             "names": {},
         }, {}
@@ -426,6 +430,7 @@ def _new_record(
         run.site,
         run.blocks[: block.index],
         modules=ran.modules,
+        entered=[name for i, each in run.ran.items() if i <= block.index for name in each.entered],
         files=ran.files,
         libraries=libraries,
     )
@@ -443,6 +448,7 @@ def _new_record(
         "outputs": outputs,
         "libraries": libraries,
         "modules": ran.modules,
+        "entered": ran.entered,
         "files": ran.files,
         "names": ran.names,
     }

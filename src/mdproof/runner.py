@@ -54,6 +54,7 @@ class Ran:
     failure: Failure | None = None
     seconds: float = 0.0
     modules: list[str] = field(default_factory=list)
+    entered: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     launches: list[dict[str, Any]] = field(default_factory=list)
@@ -177,6 +178,10 @@ class Server:
         stderr = Path(self._folder.name, "stderr")
         limits = {"memory": MEMORY, "seconds": PAGE_TIMEOUT + 2 * _GRACE}
         job = {**job, **limits, "stderr": str(stderr)}
+        if job.pop("record", False):
+            log = Path(self._folder.name, "reach")
+            log.write_bytes(b"")
+            job["log"] = str(log)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died just now: the first event says so
             process.stdin.write(json.dumps(job).encode() + b"\n")
@@ -252,6 +257,7 @@ def _ran(event: dict[str, Any], block: dict[str, Any]) -> Ran:
         failure=failure,
         seconds=event["seconds"],
         modules=event["modules"],
+        entered=event["entered"],
         files=event["files"],
         names=event["names"],
         launches=event["launches"],
@@ -274,6 +280,7 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
         "program": "\n".join(lines) + "\n",
         "root": str(site.root),
         "packages": list(site.packages),
+        "record": True,
         "blocks": [
             {
                 "index": block.index,

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mdproof import figures
+from mdproof.reach import Recorder, audit_files
 
 OUTPUT_LIMIT = 100_000
 """Characters that one block may print."""
@@ -49,26 +50,6 @@ class _Output(io.StringIO):
         return super().write(text)
 
 
-class _Files:
-    """Records the files of the repository that the page opens."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = f"{root}{os.sep}"
-        self.seen: set[str] = set()
-        sys.addaudithook(self._audit)
-
-    def _audit(self, event: str, args: tuple[Any, ...]) -> None:
-        if event != "open" or not isinstance(args[0], str | bytes | os.PathLike):
-            return
-        path = os.path.abspath(os.fsdecode(args[0]))
-        if not path.startswith(self.root):
-            path = os.path.realpath(path)
-        if path.startswith(self.root) and not path.endswith((".py", ".pyc", ".md")):
-            below = path[len(self.root) :]
-            if not below.startswith((".", "src" + os.sep + "mdproof")) and os.path.isfile(path):
-                self.seen.add(below.replace(os.sep, "/"))
-
-
 class Page:
     """One namespace, a real module, in which blocks run in order."""
 
@@ -76,7 +57,11 @@ class Page:
         self.job = job
         self.file: str = job["file"]
         self.packages = tuple(job["packages"])
-        self.files = _Files(Path(job["root"]))
+        self.recorder: Recorder | None = None
+        if "log" in job:
+            self.recorder = Recorder(Path(job["root"]), self.packages, Path(job["log"]))
+            audit_files(self.recorder.root, self.recorder.opened)
+        self._told: set[str] = set()
         self.launches: list[Any] | None = None
         self.pid = os.getpid()
         self.flags = 0  # of the `from __future__` imports so far
@@ -131,8 +116,7 @@ class Page:
             "outputs": outputs,
             "error": error,
             "seconds": time.perf_counter() - started,
-            "modules": self._modules(),
-            "files": sorted(self.files.seen),
+            **self._reached(),
             "names": self._resolve(block),
             "launches": launches,
         }
@@ -256,12 +240,21 @@ class Page:
                 return explained
         return None
 
-    def _modules(self) -> list[str]:
-        return sorted(
-            name
-            for name, module in list(sys.modules.items())
-            if name.partition(".")[0] in self.packages and getattr(module, "__file__", None)
-        )
+    def _reached(self) -> dict[str, list[str]]:
+        """Return what of the repository the page has used so far, and what it entered newly."""
+        recorder = self.recorder
+        if recorder is None:
+            return {"modules": [], "entered": [], "files": []}
+        recorder.collect()
+        unwatched = recorder.unwatched()
+        modules = recorder.modules | {entry.partition(":")[0] for entry in unwatched}
+        new = (recorder.entered | unwatched) - self._told
+        self._told |= new
+        return {
+            "modules": sorted(modules),
+            "entered": sorted(new),
+            "files": sorted(recorder.files),
+        }
 
     def _resolve(self, block: dict[str, Any]) -> dict[str, str]:
         """Return the repository's objects that the block's names stand for, by dotted name."""
