@@ -40,6 +40,7 @@ class Options:
         alt: Text alternative of the block's figures.
         caption: Caption of the block's figures.
         timeout: Seconds.
+        tensor_cores: Names of kernels that must run on tensor cores wherever they compile.
     """
 
     source: str = ""
@@ -50,6 +51,7 @@ class Options:
     alt: str = ""
     caption: str = ""
     timeout: float = TIMEOUT
+    tensor_cores: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mdproof.collect import Collected, collect, shown
 from mdproof.compare import first_difference, images, same_figure
 from mdproof.copy import Copy, candidates, is_recorded, plain_code, recorded_copy
 from mdproof.errors import PageError
+from mdproof.kernels import without_tensor_cores
 from mdproof.proof import (
     Proof,
     base_page,
@@ -321,6 +322,9 @@ def update_page(run: PageRun) -> Updated:
         return Updated(failures)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     compiled = _compile(run, today)
+    failures = _without_tensor_cores(run, compiled)
+    if failures:
+        return Updated(failures)
     records: list[dict[str, Any]] = []
     drawings: dict[str, str] = {}
     for block in run.blocks:
@@ -481,7 +485,7 @@ def _compile(run: PageRun, today: str) -> dict[str, list[dict[str, Any]]]:
                 row
                 for row in rows
                 if row["capability"] == capability
-                and {name: row[name] for name in every[0]} in ran.launches
+                and any(all(row[n] == launch[n] for n in launch) for launch in ran.launches)
             ]
             if mine and not any(row["error"] for row in mine):
                 kernels = [{name: row[name] for name in _COMPILED} for row in mine]
@@ -493,6 +497,20 @@ def _compile(run: PageRun, today: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _without_tensor_cores(
+    run: PageRun, compiled: dict[str, list[dict[str, Any]]]
+) -> dict[int, Failure]:
+    """Return where a kernel that a fence says to run on tensor cores does not."""
+    failures = {}
+    for block in run.blocks:
+        ways = compiled.get(str(block.index), [])
+        rows = [{**row, "target": way["target"]} for way in ways for row in way["kernels"]]
+        for kernel in block.options.tensor_cores.split():
+            for sentence in without_tensor_cores(rows, kernel)[:1]:
+                failures[block.index] = Failure(block.line, sentence)
+    return failures
+
+
 _COMPILED = (
     "kernel",
     "triton",
@@ -500,8 +518,10 @@ _COMPILED = (
     "num_stages",
     "registers",
     "stack_bytes",
+    "spill_instructions",
     "shared_bytes",
     "tensor_core",
+    "ptx",
     "cubin_sha256",
 )
 """What a proof keeps of a compiled kernel."""
@@ -514,6 +534,8 @@ def check_compiled(run: PageRun) -> Failure | None:
         if failure is not None:
             return failure
     now = _compile(run, "")
+    for failure in _without_tensor_cores(run, now).values():
+        return failure
     for block in run.blocks:
         record = run.record(block)
         if record is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mdproof.block import Block
 from mdproof.copy import Copy
+from mdproof.kernels import compiled_table
 
 _TOKEN = re.compile(r'<span class="(n|nf|nc|nn|nd|fm)">(@?)([A-Za-z_][\w.]*)</span>')
 
@@ -164,7 +165,7 @@ def render_block(
     else:
         state, hint = "verified", words["verified_hint"]
         how = how_verified(record, words, shown_libraries)
-        outputs = _outputs(block, record, words, figure, caption)
+        outputs = _outputs(block, record, words, figure, caption) + compiled_table(record, words)
     key = f' data-mdproof-key="{record["key"]}"' if record is not None and not reason else ""
     return (
         f'<div class="mdproof" id="block-{block.index}" data-mdproof-block="{block.index}" '

@@ -231,3 +231,11 @@ def the_first_program_looks_ahead(x_ptr, BLOCK: tl.constexpr):
     if pid == 0:
         x += tl.load(x_ptr + BLOCK + c)
     tl.store(x_ptr + pid * BLOCK + c, x)
+
+
+@triton.jit
+def wide_tile(x_ptr, y_ptr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tile = o[:, None] * N + o[None, :]
+    x = tl.load(x_ptr + tile)
+    tl.store(y_ptr + tile, tl.dot(x, x) + tl.trans(x))

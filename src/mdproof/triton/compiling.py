@@ -31,8 +31,10 @@ def compile_launches(
 
     Returns:
         A row for each launch and capability: the launch's fields, `capability`, `triton`,
-        `registers`, `stack_bytes` (spills), `shared_bytes`, `tensor_core` (instructions by name),
-        `cubin_sha256` and `error` (None, or why this target refuses the kernel).
+        `registers`, `stack_bytes` and `spill_instructions` (what did not fit into registers),
+        `shared_bytes`, `tensor_core` (machine instructions by name), `ptx` (instructions of the
+        virtual machine that tell of tensor cores and asynchronous copies), `cubin_sha256` and
+        `error` (None, or why this target refuses the kernel).
 
     Raises:
         RuntimeError: If Triton is missing or the worker fails.
@@ -56,3 +58,35 @@ def compile_launches(
     if done.returncode:
         raise RuntimeError(f"The compile worker failed:\n{done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout)
+
+
+def assert_tensor_cores(rows: Sequence[dict[str, Any]], *kernels: str) -> None:
+    """Raise unless every compiled row of these kernels has a tensor-core instruction.
+
+    Both witnesses count: the virtual instruction in the PTX, and the machine instruction in the
+    cubin that ptxas made of it.
+
+    Args:
+        rows: What `compile_launches` returned.
+        kernels: Names of kernels, without their module; every kernel if none is named.
+
+    Raises:
+        AssertionError: Naming kernel and target, or what kernels there are if a name is not theirs.
+    """
+    names = {row["kernel"].rpartition(":")[2] for row in rows}
+    unknown = sorted(set(kernels) - names)
+    if unknown or not names:
+        there = ", ".join(sorted(names)) or "no kernel"
+        raise AssertionError(
+            f"no row is of {', '.join(unknown) or 'any kernel'}; there is {there}."
+        )
+    for row in rows:
+        name = row["kernel"].rpartition(":")[2]
+        if kernels and name not in kernels:
+            continue
+        target = f"{name} on sm_{row['capability']}"
+        if row["error"] is not None:
+            raise AssertionError(f"{target} does not compile: {row['error']}")
+        virtual = [key for key in row["ptx"] if "mma" in key]
+        if not row["tensor_core"] or not virtual:
+            raise AssertionError(f"{target} has no tensor-core instruction.")

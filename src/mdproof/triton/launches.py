@@ -35,6 +35,7 @@ _DTYPES = {
     torch.float64: "fp64",
 }
 _OPTIONS = {"num_warps": 4, "num_stages": 3}
+_RARE_OPTIONS = ("num_ctas", "maxnreg")
 
 Launch = dict[str, Any]
 
@@ -94,6 +95,7 @@ def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Laun
         "constants": constants,
         "divisible_by_16": divisible,
         **{name: kwargs.get(name, default) for name, default in _OPTIONS.items()},
+        **{name: kwargs[name] for name in _RARE_OPTIONS if kwargs.get(name) is not None},
     }
 
 
