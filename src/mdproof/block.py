@@ -41,6 +41,7 @@ class Options:
         caption: Caption of the block's figures.
         timeout: Seconds.
         tensor_cores: Names of kernels that must run on tensor cores wherever they compile.
+        nodevice: Why the block, which launches kernels, is not compared on a device.
     """
 
     source: str = ""
@@ -52,6 +53,7 @@ class Options:
     caption: str = ""
     timeout: float = TIMEOUT
     tensor_cores: str = ""
+    nodevice: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a proof says of the kernels that a block launched: one table of compiled code and devices."""
+"""What a proof says of the kernels that a block launched: a table of their compiled code."""
 
 import html
 from collections.abc import Mapping
@@ -60,3 +60,51 @@ def compiled_table(record: Mapping[str, Any], words: Mapping[str, str]) -> str:
         f'<details class="mdproof-kernels" data-search-exclude><summary>{words["kernels"]}'
         f"</summary><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details>"
     )
+
+
+def benchmark_tables(
+    record: Mapping[str, Any], words: Mapping[str, str], old: Mapping[str, str]
+) -> str:
+    """Return a folded table for each benchmark that was recorded on a device.
+
+    Args:
+        record: The block's record.
+        words: The words of the page's language.
+        old: By device, why what was measured there no longer holds.
+    """
+    parts = []
+    for way in record["verified"]:
+        rows = way.get("benchmark", {}).get("rows") or []
+        if way["how"] != "device" or not rows:
+            continue
+        names = list(dict.fromkeys(n for row in rows for n in row if _time(row[n])))
+        head = "".join(f"<th>{html.escape(n)}</th>" for n in (words["benchmark_case"], *names))
+        body = "".join(
+            f"<tr><td>{html.escape(_case(row))}</td>"
+            + "".join(f"<td>{html.escape(_time(row.get(n)))}</td>" for n in names)
+            + "</tr>"
+            for row in rows
+        )
+        title = words["benchmark_old" if old.get(way["device"]) else "benchmark"]
+        summary = html.escape(title.format(way["device"], way["benchmark"]["date"]))
+        state = ' data-mdproof-state="stale"' if old.get(way["device"]) else ""
+        parts.append(
+            f'<details class="mdproof-kernels" data-search-exclude{state}><summary>{summary}'
+            f"</summary><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details>"
+        )
+    return "".join(parts)
+
+
+def _case(row: Mapping[str, Any]) -> str:
+    case = row.get("case", {})
+    shown = [f"{name}={value}" for name, value in case.items()] if isinstance(case, Mapping) else []
+    return " ".join([*shown, *([str(row["pass"])] if "pass" in row else [])])
+
+
+def _time(value: Any) -> str:
+    """Return a measured candidate's time, and its rate if it has one; "" if it is none."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("ms"), int | float):
+        return ""
+    rate = value.get("tflops")
+    shown = f" · {rate:.0f} TFLOP/s" if isinstance(rate, int | float) else ""
+    return f"{value['ms']:.3f} ms{shown}"

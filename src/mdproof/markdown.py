@@ -18,9 +18,11 @@ from markdown.postprocessors import Postprocessor
 from markdown.preprocessors import Preprocessor
 
 from mdproof.article import read_article
+from mdproof.benchmark import benchmark_outdated
 from mdproof.block import HIGHLIGHT, LOOKS_RUNNABLE, RUNNABLE, Block, read_options
 from mdproof.collect import read_page, shown
 from mdproof.copy import is_recorded, recorded_copy
+from mdproof.device import outdated, ways_of
 from mdproof.errors import PageError, build_error
 from mdproof.proof import ForgedError, Proof, figure_folder, load_proof, record_reason
 from mdproof.reference import UnknownNameError, find_source, reference_target
@@ -319,6 +321,12 @@ class MdproofExtension(Extension):
             figure=lambda name: link(self.md, f"{folder}/{name}"),
             caption=self._caption(block, file),
             document=document,
+            outdated={
+                str(w.get("device")): outdated(site, state.blocks, w) for w in ways_of(record)
+            },
+            remeasure={
+                str(w.get("device")): benchmark_outdated(site, page, w) for w in ways_of(record)
+            },
         )
 
     def _caption(self, block: Block, file: str) -> str:

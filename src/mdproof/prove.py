@@ -14,8 +14,11 @@ from mdproof.block import Block
 from mdproof.collect import Collected, collect, shown
 from mdproof.compare import first_difference, images, same_figure
 from mdproof.copy import Copy, candidates, is_recorded, plain_code, recorded_copy
+from mdproof.device import Device, check_way, kept_ways, new_way, outdated, ways_of
 from mdproof.errors import PageError
-from mdproof.kernels import without_tensor_cores
+from mdproof.gpu import find_device
+from mdproof.kernel_source import kernel_program
+from mdproof.kernels import short_name, without_tensor_cores
 from mdproof.proof import (
     Proof,
     base_page,
@@ -32,7 +35,7 @@ from mdproof.proof import (
     used_libraries,
     write_text,
 )
-from mdproof.runner import Failure, Ran, Server, copy_job, page_job
+from mdproof.runner import Failure, Ran, Server, copy_job, module_name, page_job
 from mdproof.site import Site
 
 UPDATE = "run `pytest docs --update` and look at what changes"
@@ -45,8 +48,9 @@ class Servers:
     shows itself as a copy that prints something else.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, device: Device | None = None) -> None:
         self.site = site
+        self.device = device or find_device(site.preload)
         self._open: dict[tuple[bool, int], Server] = {}
 
     def run(self, job: dict[str, Any], *, hash_seed: int = 0) -> list[Ran]:
@@ -63,6 +67,8 @@ class Servers:
         for server in self._open.values():
             server.close()
         self._open.clear()
+        if self.device is not None:
+            self.device.close()
 
 
 def _imports(code: str) -> set[str]:
@@ -108,6 +114,23 @@ class PageRun:
         """The page's blocks."""
         return self.collected.blocks
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing is left to prove here, on the device of this machine neither."""
+        if self.proof is None or any(self.stale):
+            return False
+        device = self.servers.device
+        return device is None or not any(
+            _launches(record)
+            and not block.options.nodevice
+            and not any(
+                way["device"] == device.name
+                and not outdated(self.site, self.blocks[: block.index], way)
+                for way in ways_of(record)
+            )
+            for block, record in zip(self.blocks, self.proof.blocks, strict=True)
+        )
+
     def record(self, block: Block) -> dict[str, Any] | None:
         """Return a block's record, fresh or not."""
         if self.proof is None or block.index > len(self.proof.blocks):
@@ -139,6 +162,10 @@ class PageRun:
         if any(out["type"] != "figure" for out in ran.outputs) and block.kind == "source":
             return Failure(block.line, "importing this object prints something")
         return None
+
+
+def _launches(record: dict[str, Any]) -> bool:
+    return any(way["how"] == "interpreter" for way in record["verified"])
 
 
 def open_page(
@@ -187,7 +214,11 @@ def _check_claims(run: PageRun, block: Block, record: dict[str, Any]) -> Failure
     for name, seen in claims.items():
         if record[name] != seen:
             return Failure(block.line, f"the record's {name} are not what the run showed: {UPDATE}")
-    hows = {way["how"] for way in record["verified"]}
+    for way in ways_of(record):
+        wrong = check_way(run.site, run.blocks[: block.index], way, ran.launches)
+        if wrong:
+            return Failure(block.line, f"{wrong}: {UPDATE}")
+    hows = {way["how"] for way in record["verified"]} - {"device"}
     expected = {"cpu", "interpreter", "compiled"} if ran.launches else {"cpu"}
     if record["status"] != "passed" or hows != expected:
         claim = ", ".join(sorted(hows))
@@ -322,13 +353,15 @@ def update_page(run: PageRun) -> Updated:
         return Updated(failures)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     compiled = _compile(run, today)
-    failures = _without_tensor_cores(run, compiled)
+    devices, failures = run_on_device(run, today)
+    failures = _without_tensor_cores(run, compiled) | failures
     if failures:
         return Updated(failures)
     records: list[dict[str, Any]] = []
     drawings: dict[str, str] = {}
     for block in run.blocks:
         record, drawn = _new_record(run, block, today, compiled)
+        record["verified"] += devices.get(block.index, [])
         old = run.record(block)
         if old is not None and _same_record(run, block, old, record):
             record = {
@@ -361,6 +394,95 @@ def update_page(run: PageRun) -> Updated:
     except OSError as error:
         raise PageError(run.file, 1, f"its proof cannot be written: {error}") from None
     return Updated({}, written=True)
+
+
+def run_on_device(
+    run: PageRun, today: str
+) -> tuple[dict[int, list[dict[str, Any]]], dict[int, Failure]]:
+    """Run a page's kernels on this machine's device, if it has one; keep what others recorded.
+
+    Returns:
+        The device proofs of each block, and why blocks that ran there failed.
+    """
+    old = run.proof.blocks if run.proof is not None else []
+    ways: dict[int, list[dict[str, Any]]] = {}
+    for block in run.blocks:
+        ran = run.ran.get(block.index)
+        launches = ran.launches if ran is not None and not block.options.nodevice else []
+        ways[block.index] = kept_ways(run.site, run.blocks[: block.index], launches, old)
+    device = run.servers.device
+    wanted = [b for b in run.blocks if _on_device(run, b)] if device is not None else []
+    failures: dict[int, Failure] = {}
+    if device is None or not wanted:
+        return ways, failures
+    there = {ran.block: ran for ran in device.run(page_job(run.site, run.page, run.blocks))}
+    for block in wanted:
+        ran, here = there.get(block.index), run.ran[block.index]
+        failure = _device_failure(run, block, device, ran, there)
+        if failure is not None:
+            failures[block.index] = failure
+            continue
+        assert ran is not None
+        way = new_way(run.site, run.blocks[: block.index], device, here.launches, ran, today)
+        others = [w for w in ways[block.index] if w["device"] != device.name]
+        before = [w for w in ways[block.index] if w["device"] == device.name]
+        if before and "benchmark" in before[0]:
+            way["benchmark"] = before[0]["benchmark"]
+        ways[block.index] = [*others, way]
+    return ways, failures
+
+
+def _on_device(run: PageRun, block: Block) -> bool:
+    ran = run.ran.get(block.index)
+    return ran is not None and bool(ran.launches) and not block.options.nodevice
+
+
+def _device_failure(
+    run: PageRun, block: Block, device: Device, ran: Ran | None, there: dict[int, Ran]
+) -> Failure | None:
+    """Return why a block that ran on a device proves nothing there."""
+    if ran is None:
+        broken = next((r for r in there.values() if r.failure is not None), None)
+        why = f"block {broken.block} failed before it" if broken else "it was not reached"
+        return Failure(block.line, f"on {device.name}: not run: {why}")
+    if ran.failure is not None:
+        return Failure(ran.failure.line, f"on {device.name}: {ran.failure.message}")
+    here = run.ran[block.index]
+    wanted, got = ({row["kernel"] for row in rows} for rows in (here.launches, ran.launches))
+    if wanted != got:
+        names = ", ".join(sorted(wanted ^ got))
+        message = f"on {device.name} it launches other kernels than interpreted: {names}"
+        return Failure(block.line, message)
+    if block.options.varies:
+        return None
+    difference = first_difference(here.text(), ran.text(), rtol=block.options.tol)
+    if difference is not None:
+        message = f"on {device.name} it prints {difference[1]!r}, interpreted {difference[0]!r}"
+        return Failure(block.line, message)
+    return None
+
+
+def check_device(run: PageRun) -> Failure | None:
+    """Run the page on this machine's device, and compare with what is recorded of this device."""
+    for block in run.blocks:
+        failure = run.failure_of(block)
+        if failure is not None:
+            return failure
+    device = run.servers.device
+    ways, failures = run_on_device(run, "")
+    for failure in failures.values():
+        return failure
+    for block in run.blocks:
+        now = [w for w in ways[block.index] if device is not None and w["device"] == device.name]
+        old = [
+            {**way, "date": ""}
+            for way in ways_of(run.record(block))
+            if device is not None and way["device"] == device.name
+        ]
+        if [{**way, "date": ""} for way in now] != old:
+            name = device.name if device is not None else "the device"
+            return Failure(block.line, f"what ran on {name} is not what is recorded: {UPDATE}")
+    return None
 
 
 def _compare_translation(run: PageRun) -> dict[int, Failure]:
@@ -476,7 +598,7 @@ def _compile(run: PageRun, today: str) -> dict[str, list[dict[str, Any]]]:
         return {}
     from mdproof.triton import compiling
 
-    rows = compiling.compile_launches(every)
+    rows = compiling.compile_launches(every, programs=_own_kernels(run, every))
     found: dict[str, list[dict[str, Any]]] = {}
     for index, ran in run.ran.items():
         ways = []
@@ -495,6 +617,18 @@ def _compile(run: PageRun, today: str) -> dict[str, list[dict[str, Any]]]:
                 )
         found[str(index)] = ways
     return found
+
+
+def _own_kernels(run: PageRun, launches: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the program of the kernels that are written on the page, by the page's module name."""
+    name = module_name(run.site, run.page)
+    own = [
+        short_name(launch["kernel"])
+        for launch in launches
+        if launch["kernel"].partition(":")[0] == name
+    ]
+    codes = [b.code for b in run.blocks if not b.options.norun and b.kind == "code"]
+    return {name: kernel_program("\n".join(codes), own)} if own else {}
 
 
 def _without_tensor_cores(

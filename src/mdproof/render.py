@@ -7,7 +7,7 @@ from typing import Any
 
 from mdproof.block import Block
 from mdproof.copy import Copy
-from mdproof.kernels import compiled_table
+from mdproof.kernels import benchmark_tables, compiled_table
 
 _TOKEN = re.compile(r'<span class="(n|nf|nc|nn|nd|fm)">(@?)([A-Za-z_][\w.]*)</span>')
 
@@ -31,15 +31,24 @@ def link_names(code: str, names: Mapping[str, str], target: Callable[[str], str 
     return _TOKEN.sub(replace, code)
 
 
-def how_verified(record: Mapping[str, Any], words: Mapping[str, str], shown: Sequence[str]) -> str:
-    """Return how a block was verified, in words: "CPU · torch 2.13.0 · 2026-11-21 · 0.3 s"."""
+def how_verified(
+    record: Mapping[str, Any],
+    words: Mapping[str, str],
+    shown: Sequence[str],
+    old: Mapping[str, str] | None = None,
+) -> str:
+    """Return how a block was verified, in words: "CPU · torch 2.13.0 · 2026-11-21 · 0.3 s".
+
+    A device in `old` is not among it: what ran there was another kernel.
+    """
     parts: list[str] = []
     compiled: list[str] = []
     for way in record["verified"]:
         if way["how"] == "compiled":
             compiled.append(way["target"])
         elif way["how"] == "device":
-            parts.append(words["device"].format(way["device"]))
+            if not (old or {}).get(way.get("device")) and "key" in way:
+                parts.append(words["device"].format(way["device"], way["date"]))
         else:
             parts.append(words[way["how"]])
     if compiled:
@@ -127,6 +136,17 @@ def _outputs(
     return "".join(parts)
 
 
+def _outdated(record: Mapping[str, Any], words: Mapping[str, str], old: Mapping[str, str]) -> str:
+    """Return the devices on which another kernel ran, greyed."""
+    hint = html.escape(words["outdated_hint"], quote=True)
+    return "".join(
+        f'<span class="mdproof-how mdproof-outdated" title="{hint}">'
+        f"{html.escape(words['outdated'].format(way['device'], way['date']))}</span>"
+        for way in record["verified"]
+        if way["how"] == "device" and "device" in way and old.get(way["device"])
+    )
+
+
 def render_block(
     block: Block,
     code: str,
@@ -139,6 +159,8 @@ def render_block(
     figure: Callable[[str], str],
     caption: str = "",
     document: str = "",
+    outdated: Mapping[str, str] | None = None,
+    remeasure: Mapping[str, str] | None = None,
 ) -> str:
     """Return the whole HTML of a block.
 
@@ -153,9 +175,12 @@ def render_block(
         figure: Link of a recorded figure's file.
         caption: HTML below the figures.
         document: HTML between the code and the bar, of a source fence.
+        outdated: By device, why what was seen there no longer holds.
+        remeasure: By device, why what was measured there no longer holds besides.
     """
     bare = block.shown or block.code
-    outputs = how = ""
+    outputs = how = grey = ""
+    old = outdated or {}
     if block.options.norun:
         state, hint = "excused", block.options.norun
         how = hint
@@ -164,14 +189,19 @@ def render_block(
         hint = words["stale_hint"]
     else:
         state, hint = "verified", words["verified_hint"]
-        how = how_verified(record, words, shown_libraries)
+        how = how_verified(record, words, shown_libraries, old)
         outputs = _outputs(block, record, words, figure, caption) + compiled_table(record, words)
+        outputs += benchmark_tables(
+            record, words, {**old, **{k: v for k, v in (remeasure or {}).items() if v}}
+        )
+        grey = _outdated(record, words, old)
     key = f' data-mdproof-key="{record["key"]}"' if record is not None and not reason else ""
     return (
         f'<div class="mdproof" id="block-{block.index}" data-mdproof-block="{block.index}" '
         f'data-mdproof-state="{state}"{key}>{code}{document}'
         f'<div class="mdproof-bar" data-search-exclude>'
         f'<span class="mdproof-chip" title="{_attribute(hint)}">{words[state]}</span>'
-        f'<span class="mdproof-how">{html.escape(how)}</span>{_buttons(copy, bare, words)}</div>'
+        f'<span class="mdproof-how">{html.escape(how)}</span>{grey}'
+        f"{_buttons(copy, bare, words)}</div>"
         f"{outputs}</div>"
     )

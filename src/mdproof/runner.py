@@ -67,9 +67,23 @@ class Ran:
         )
 
 
-def environment(hash_seed: int = 0) -> dict[str, str]:
-    """Return the environment that blocks run in: this one's tools, and nothing that varies."""
+_DEVICE = {
+    "TRITON_INTERPRET": "0",
+    "TRITON_DISABLE_LINE_INFO": "1",
+    "TRITON_DEFAULT_FP_FUSION": "1",
+}
+"""Kernels are compiled, to the same binaries whatever their lines are called."""
+
+
+def environment(hash_seed: int = 0, *, device: bool = False) -> dict[str, str]:
+    """Return the environment that blocks run in: this one's tools, and nothing that varies.
+
+    Only where a device is asked for is one seen; elsewhere a machine with a GPU gives what every
+    other machine gives.
+    """
     keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "TMPDIR", "SYSTEMROOT")
+    if device:
+        keep += ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "TRITON_CACHE_DIR")
     fixed = {
         "LANG": "C.UTF-8",
         "LC_ALL": "C.UTF-8",
@@ -82,15 +96,18 @@ def environment(hash_seed: int = 0) -> dict[str, str]:
     }
     threads = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
     fixed |= {f"{name}_NUM_THREADS": "1" for name in threads}
+    fixed |= _DEVICE if device else {"CUDA_VISIBLE_DEVICES": ""}
     return {name: os.environ[name] for name in keep if name in os.environ} | fixed
 
 
 class Server:
     """A worker process that forks a child for each job; use as a context manager."""
 
-    def __init__(self, libraries: Sequence[str] = (), *, hash_seed: int = 0) -> None:
+    def __init__(
+        self, libraries: Sequence[str] = (), *, hash_seed: int = 0, device: bool = False
+    ) -> None:
         self._libraries = tuple(libraries)
-        self._hash_seed = hash_seed
+        self._environment = environment(hash_seed, device=device)
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._job = 0
@@ -132,7 +149,7 @@ class Server:
                 [sys.executable, "-m", "mdproof.worker", *self._libraries],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=environment(self._hash_seed),
+                env=self._environment,
             )
             self._buffer = b""
         return self._process
@@ -175,7 +192,8 @@ class Server:
     def _run(self, job: dict[str, Any]) -> list[Ran]:
         process = self._start()
         stderr = Path(self._folder.name, "stderr")
-        limits = {"memory": MEMORY, "seconds": PAGE_TIMEOUT + 2 * _GRACE}
+        memory = 0 if job.get("device") else MEMORY  # CUDA maps more addresses than there is memory
+        limits = {"memory": memory, "seconds": PAGE_TIMEOUT + 2 * _GRACE}
         job = {**job, **limits, "stderr": str(stderr)}
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died just now: the first event says so
@@ -270,7 +288,7 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
         lines += block.code.split("\n")
     return {
         "file": str(file),
-        "name": _module_name(site, page),
+        "name": module_name(site, page),
         "program": "\n".join(lines) + "\n",
         "root": str(site.root),
         "packages": list(site.packages),
@@ -288,7 +306,7 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
     }
 
 
-def _module_name(site: Site, page: str) -> str:
+def module_name(site: Site, page: str) -> str:
     """Return a name that no other module has, and that a page shares with its translations."""
     name = re.sub(r"[/.-]", "_", base_page(site, page).removesuffix(".md"))
     return name if "_" in name else f"page_{name}"

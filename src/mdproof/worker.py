@@ -171,7 +171,12 @@ class Page:
         return text, mark
 
     def _watch_triton(self) -> None:
-        if self.launches is None and "triton.runtime.interpreter" in sys.modules:
+        if self.launches is None and self.job.get("device"):
+            if "triton.runtime.jit" in sys.modules:
+                from mdproof.triton import compiled
+
+                self.launches = self._stack.enter_context(compiled.record())
+        elif self.launches is None and "triton.runtime.interpreter" in sys.modules:
             with contextlib.suppress(ImportError):
                 from mdproof.triton import launches
 
@@ -372,7 +377,8 @@ def _child(job: dict[str, Any], channel: int, stderr: int) -> None:
 
     with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
         os.chdir(folder)
-        _limit_memory(job["memory"])
+        if job["memory"]:
+            _limit_memory(job["memory"])
         sys.argv = [job["file"]]
         page = Page(job)
         for block in job["blocks"]:

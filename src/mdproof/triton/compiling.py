@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CAPABILITIES = (80, 90, 100)
@@ -21,13 +21,17 @@ _REPRODUCIBLE = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1
 
 
 def compile_launches(
-    launches: Sequence[dict[str, Any]], *, capabilities: Sequence[int] = CAPABILITIES
+    launches: Sequence[dict[str, Any]],
+    *,
+    capabilities: Sequence[int] = CAPABILITIES,
+    programs: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Compile each launch for each compute capability and report what it asks of the hardware.
 
     Args:
         launches: What `mdproof.triton.launches.record` yielded.
         capabilities: Compute capabilities, 80 for an A100, 90 for an H100 or H200, 100 for a B200.
+        programs: Sources of modules that cannot be imported, by name: kernels written on a page.
 
     Returns:
         A row for each launch and capability: the launch's fields, `capability`, `triton`,
@@ -46,7 +50,13 @@ def compile_launches(
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= _REPRODUCIBLE
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    job = json.dumps({"launches": list(launches), "capabilities": list(capabilities)})
+    job = json.dumps(
+        {
+            "launches": list(launches),
+            "capabilities": list(capabilities),
+            "programs": dict(programs or {}),
+        }
+    )
     done = subprocess.run(
         [sys.executable, "-m", "mdproof.triton.worker"],
         input=job,

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -102,8 +103,22 @@ def main() -> None:
     """Answer one job."""
     out, sys.stdout = sys.stdout, sys.stderr  # whatever a kernel module prints is not the answer
     job = json.load(sys.stdin)
-    rows = [report(launch, cap) for launch in job["launches"] for cap in job["capabilities"]]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in job["programs"].items():
+            _define(name, text, Path(folder))
+        rows = [report(launch, cap) for launch in job["launches"] for cap in job["capabilities"]]
     json.dump(rows, out)
+
+
+def _define(name: str, text: str, folder: Path) -> None:
+    """Make a module of a text; it stands in a file, for `@triton.jit` reads its source."""
+    file = folder / f"{name}.py"
+    file.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 if __name__ == "__main__":
