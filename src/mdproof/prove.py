@@ -209,10 +209,11 @@ def _check_claims(run: PageRun, block: Block, record: dict[str, Any]) -> Failure
         "modules": ran.modules,
         "files": ran.files,
         "names": ran.names,
+        "links": ran.links,
         "libraries": _libraries(run, block, ran),
     }
     for name, seen in claims.items():
-        if record[name] != seen:
+        if record.get(name) != seen:
             return Failure(block.line, f"the record's {name} are not what the run showed: {UPDATE}")
     for way in ways_of(record):
         wrong = check_way(run.site, run.blocks[: block.index], way, ran.launches)
@@ -530,6 +531,7 @@ def _new_record(
             "modules": [],
             "files": [],
             "names": {},
+            "links": {},
         }, {}
     ran = run.ran[block.index]
     outputs: list[dict[str, Any]] = []
@@ -571,6 +573,7 @@ def _new_record(
         "modules": ran.modules,
         "files": ran.files,
         "names": ran.names,
+        "links": ran.links,
     }
     return record, drawings
 

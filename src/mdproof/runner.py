@@ -56,6 +56,7 @@ class Ran:
     modules: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
     launches: list[dict[str, Any]] = field(default_factory=list)
 
     def text(self) -> str:
@@ -272,6 +273,7 @@ def _ran(event: dict[str, Any], block: dict[str, Any]) -> Ran:
         modules=event["modules"],
         files=event["files"],
         names=event["names"],
+        links=event["links"],
         launches=event["launches"],
     )
 
@@ -300,6 +302,8 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
                 "kind": "doctest" if block.kind == "doctest" else "code",
                 "raises": block.options.raises,
                 "timeout": block.options.timeout,
+                "shown": block.shown,
+                "source": block.options.source,
             }
             for block in run
         ],
