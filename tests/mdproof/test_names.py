@@ -203,7 +203,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
          "5:7 sample.shapes sample.shapes"],
     ),
     "an object that answers everything": (
-        "class Any:\n    def __getattr__(self, name):\n        return 'x'\na = Any()\na.area, a.fn, a.__qualname__",
+        "class Any:\n    def __getattr__(self, name):\n        return 'x'\n"
+        "a = Any()\na.area, a.fn, a.__qualname__",
         [],
     ),
     "a name that is exchanged while the block runs": (
