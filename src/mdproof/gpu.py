@@ -70,7 +70,9 @@ def run_benchmark(script: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
         out = Path(folder, "rows.json")
         command = [sys.executable, str(script), "--out", str(out)]
-        done = subprocess.run(command, env=environment(device=True), text=True, stderr=-1)
+        done = subprocess.run(
+            command, env=environment(device=True), text=True, stderr=subprocess.PIPE
+        )
         if done.returncode:
             last = (done.stderr or "").strip().splitlines()[-1:] or [f"status {done.returncode}"]
             raise RuntimeError(f"{script.name} failed: {last[0]}")

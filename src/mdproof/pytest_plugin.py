@@ -234,7 +234,7 @@ class DeviceItem(_PageItem):
 
     def check(self, run: Any) -> Any:
         """Run on the device and compare with what is recorded of it."""
-        from mdproof.prove import check_device
+        from mdproof.device_run import check_device
 
         return check_device(run)
 

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from mdproof import figures
-from mdproof.names import Meanings, read_program
+from mdproof.meanings import Meanings
+from mdproof.names import read_program
 
 OUTPUT_LIMIT = 100_000
 """Characters that one block may print."""

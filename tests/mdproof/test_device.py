@@ -15,6 +15,7 @@ from tests.mdproof.conftest import MKDOCS, PYPROJECT, Sample
 
 from mdproof import cli
 from mdproof.benchmark import record_benchmark
+from mdproof.device_run import check_device
 from mdproof.errors import PageError
 from mdproof.gpu import CudaDevice, find_device, run_benchmark
 from mdproof.kernel_source import kernel_program
@@ -24,7 +25,6 @@ from mdproof.prove import (
     Servers,
     check_block,
     check_compiled,
-    check_device,
     open_page,
     update_page,
 )

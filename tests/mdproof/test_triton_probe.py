@@ -298,6 +298,20 @@ def test_arithmetic_outside_of_products_is_counted_by_kind():
     assert trace.flops == 0
 
 
+def test_a_scaled_product_is_right_and_counted():
+    n, k = 32, 64
+    a, b = randn(n, k).to(torch.float8_e4m3fn), randn(k, n).to(torch.float8_e4m3fn)
+    scales = torch.randint(125, 130, (2, n, k // 32), dtype=torch.uint8)  # powers of two, by 127
+    c = torch.empty(n, n)
+    with probe() as trace:
+        kernels.scaled_product[(1,)](a, scales[0], b, scales[1], c, N=n, K=k)
+    assert trace.defects == []
+    assert trace.flops == 2 * n * n * k
+    left, right = (2.0 ** (s.double() - 127).repeat_interleave(32, 1) for s in scales)
+    expected = (a.double() * left) @ (b.double() * right.T)
+    torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_table_of_the_launches_can_be_printed():
     with probe() as trace:
         kernels.cast[(4,)](randn(100), torch.empty(100), 100, BLOCK=32)

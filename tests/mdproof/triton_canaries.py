@@ -239,3 +239,14 @@ def wide_tile(x_ptr, y_ptr, N: tl.constexpr):
     tile = o[:, None] * N + o[None, :]
     x = tl.load(x_ptr + tile)
     tl.store(y_ptr + tile, tl.dot(x, x) + tl.trans(x))
+
+
+@triton.jit
+def scaled_product(a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, c_ptr, N: tl.constexpr, K: tl.constexpr):
+    n, k, g = tl.arange(0, N), tl.arange(0, K), tl.arange(0, K // 32)
+    a = tl.load(a_ptr + n[:, None] * K + k[None, :])
+    b = tl.load(b_ptr + k[:, None] * N + n[None, :])
+    a_scale = tl.load(a_scale_ptr + n[:, None] * (K // 32) + g[None, :])
+    b_scale = tl.load(b_scale_ptr + n[:, None] * (K // 32) + g[None, :])
+    c = tl.dot_scaled(a, a_scale, "e4m3", b, b_scale, "e4m3")
+    tl.store(c_ptr + n[:, None] * N + n[None, :], c)

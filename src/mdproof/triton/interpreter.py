@@ -29,67 +29,15 @@ from triton.language.extra import libdevice
 from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime import interpreter
 
-_TORCH = {
-    tl.float8e4nv: torch.float8_e4m3fn,
-    tl.float8e5: torch.float8_e5m2,
-    tl.float16: torch.float16,
-    tl.bfloat16: torch.bfloat16,
-    tl.float32: torch.float32,
-    tl.float64: torch.float64,
-}
-_BITS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
-_AS_BITS = (tl.bfloat16, tl.float8e4nv, tl.float8e5)
-"""Formats that numpy lacks, and that the interpreter holds as unsigned integers."""
-
-
-def _to_torch(data: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
-    bits = np.array(data, copy=True, order="C").view(f"i{dtype.primitive_bitwidth // 8}")
-    if dtype.primitive_bitwidth == 8:
-        bits = bits.view(np.uint8)
-    return torch.from_numpy(bits).view(_TORCH[dtype])
-
-
-def _to_bits(x: torch.Tensor, dtype: tl.dtype) -> np.ndarray:
-    width = dtype.primitive_bitwidth
-    return x.contiguous().view(_BITS[width]).numpy().view(f"u{width // 8}")
-
-
-def _round(
-    data: np.ndarray, source: tl.dtype, target: tl.dtype, *, toward_zero: bool = False
-) -> np.ndarray:
-    """Return the bits of `data` in another format; fp8 saturates, as on a GPU.
-
-    To nearest even, or toward zero: then a result that is too large is one step down in its bits.
-    """
-    data = np.asarray(data)
-    x = _to_torch(data, source)
-    if target.primitive_bitwidth == 8:
-        limit = torch.finfo(_TORCH[target]).max
-        x = x.float().clamp(-limit, limit)  # NaN stays NaN
-    y = x.to(_TORCH[target])
-    bits = _to_bits(y, target)
-    if toward_zero:
-        exact = x.double().abs()
-        bits = bits - ((y.double().abs() > exact) & exact.isfinite()).numpy().astype(bits.dtype)
-    return bits.reshape(data.shape)
-
-
-def _round_to_odd(x: np.ndarray) -> np.ndarray:
-    """Return float64 as float32, an inexact result odd: what rounds it again cannot round twice."""
-    y = x.astype(np.float32)
-    bits = y.view(np.uint32) - ((np.abs(y) > np.abs(x)) & np.isfinite(x)).astype(np.uint32)
-    return np.where((y != x) & np.isfinite(x), bits | np.uint32(1), bits).view(np.float32)
-
-
-def _fma_bf16(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Return xy + z in float32, rounded to odd: product and lost part are exact in float64."""
-    product, z = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
-    total = product + z
-    part = total - product
-    error = (product - (total - part)) + (z - part)  # what the sum lost, exactly
-    lost = np.isfinite(total) & (error != 0)
-    bits = total.view(np.uint64) - (lost & (np.sign(error) != np.sign(total))).astype(np.uint64)
-    return _round_to_odd(np.where(lost, bits | np.uint64(1), bits).view(np.float64))
+from mdproof.triton.formats import (
+    AS_BITS,
+    TORCH,
+    fma_bf16,
+    round_bits,
+    round_to_odd,
+    to_bits,
+    to_torch,
+)
 
 
 def _is(value: Any, *dtypes: tl.dtype) -> bool:
@@ -106,7 +54,7 @@ def _widen(value: Any) -> Any:
 def _narrow(value: Any) -> Any:
     if value.data.dtype != np.float32:  # a comparison gives booleans
         return value
-    return interpreter.TensorHandle(_round(value.data, tl.float32, tl.bfloat16), tl.bfloat16)
+    return interpreter.TensorHandle(round_bits(value.data, tl.float32, tl.bfloat16), tl.bfloat16)
 
 
 def _truncate_to_tf32(value: Any) -> Any:
@@ -141,7 +89,7 @@ def _fma(method: Any) -> Any:
         if not all(_is(arg, tl.bfloat16) for arg in args):
             return method(self, *args)
         x, y, z = np.broadcast_arrays(*(_widen(arg).data for arg in args))
-        return _narrow(interpreter.TensorHandle(_fma_bf16(x, y, z), tl.float32))
+        return _narrow(interpreter.TensorHandle(fma_bf16(x, y, z), tl.float32))
 
     return wrapped
 
@@ -166,14 +114,14 @@ def _cast(method: Any) -> Any:
     @functools.wraps(method)
     def wrapped(self: Any, value: Any, dtype: Any) -> Any:
         source, target = value.dtype.scalar, dtype.scalar
-        if source in _TORCH and target in _TORCH:
-            bits = _round(value.data, source, target)
-        elif target in _AS_BITS:  # an integer; below 2^53 it is exact in float64
-            x = _round_to_odd(np.asarray(value.data, np.float64))
-            bits = _round(x, tl.float32, target)
+        if source in TORCH and target in TORCH:
+            bits = round_bits(value.data, source, target)
+        elif target in AS_BITS:  # an integer; below 2^53 it is exact in float64
+            x = round_to_odd(np.asarray(value.data, np.float64))
+            bits = round_bits(x, tl.float32, target)
         else:
-            if source in _AS_BITS:
-                wide = _round(value.data, source, tl.float32).view(np.float32)
+            if source in AS_BITS:
+                wide = round_bits(value.data, source, tl.float32).view(np.float32)
                 value = interpreter.TensorHandle(wide, tl.float32)
             with np.errstate(all="ignore"):
                 return method(self, value, dtype)
@@ -223,14 +171,14 @@ def _libdevice(
     function = next(
         (getattr(torch, n) for n in (name, name.removesuffix("f")) if n and hasattr(torch, n)), None
     )
-    if function is None or result not in _TORCH or not all(d in _TORCH for d in dtypes):
+    if function is None or result not in TORCH or not all(d in TORCH for d in dtypes):
         shown = symbol or f"of {', '.join(d.name for d in dtypes)}"
         raise NotImplementedError(
             f"libdevice function {shown} cannot be interpreted; such a kernel runs on a GPU only."
         )
     arrays = np.broadcast_arrays(*(x.handle.data for x in tensors))
-    out = function(*(_to_torch(a, d) for a, d in zip(arrays, dtypes, strict=True)))
-    bits = _to_bits(out.to(_TORCH[result]), result).view(interpreter._get_np_dtype(result))
+    out = function(*(to_torch(a, d) for a, d in zip(arrays, dtypes, strict=True)))
+    bits = to_bits(out.to(TORCH[result]), result).view(interpreter._get_np_dtype(result))
     kind = tl.block_type(result, list(bits.shape)) if tensors[0].type.is_block() else result
     return tl.tensor(interpreter.TensorHandle(bits, result), kind)
 
@@ -264,12 +212,12 @@ def install() -> None:
     original = interpreter._convert_float
 
     def convert_float(data: Any, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
-        if source in _TORCH and target in _TORCH:
+        if source in TORCH and target in TORCH:
             toward_zero = rounding_mode == ir.ROUNDING_MODE.RTZ
             if target.primitive_bitwidth == 8 and (toward_zero or source == tl.float64):
                 how = f"{source.name} to {target.name}" + ", rounded toward zero" * toward_zero
                 raise TypeError(f"a cast of {how}: GPUs have float32 to fp8, to nearest, only.")
-            return _round(data, source, target, toward_zero=toward_zero)
+            return round_bits(data, source, target, toward_zero=toward_zero)
         return original(data, source, target, rounding_mode)
 
     interpreter._convert_float = convert_float

@@ -12,7 +12,6 @@ the result is merely wrong, sometimes. Here every address is looked at:
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from triton.runtime import interpreter
 
 from mdproof.triton.addresses import DOES, KEY, Books, Region, tensors_in
 from mdproof.triton.fresh import Fresh
+from mdproof.triton.trace import Trace, Traffic
 
 _ORDERS = ("serial", "reverse", "shuffle")
 _POINTERS = (
@@ -39,83 +39,6 @@ _PLAIN = (np.add, np.subtract, np.multiply, np.divide, np.negative)
 _PLAIN += (np.maximum, np.minimum, np.fmax, np.fmin)
 _ACQUIRES = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 _RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
-
-
-@dataclass
-class Traffic:
-    """What one launch moved and computed.
-
-    Attributes:
-        kernel: Name of the kernel.
-        programs: Number of programs that ran.
-        bytes_loaded: Bytes that loads touched, masked-out elements not counted.
-        bytes_stored: The same for stores.
-        bytes_atomic: The same for atomic operations.
-        distinct_loaded: Different bytes among those loaded: what a perfect cache would let through.
-        distinct_stored: Different bytes among those stored.
-        flops: Floating-point operations of `tl.dot`, 2MNK each.
-        elementwise_flops: Additions, products, quotients, extrema of single elements, those of
-            reductions too; a fused multiply-add is two. Masked lanes compute, so they count.
-        special_flops: Exponentials, logarithms, roots, sines and their like.
-    """
-
-    kernel: str
-    programs: int = 0
-    bytes_loaded: int = 0
-    bytes_stored: int = 0
-    bytes_atomic: int = 0
-    distinct_loaded: int | None = None
-    distinct_stored: int | None = None
-    flops: int = 0
-    elementwise_flops: int = 0
-    special_flops: int = 0
-
-
-@dataclass
-class Trace:
-    """What the launches inside one `probe` did; a count is the sum over them.
-
-    Attributes:
-        kernels: One entry a launch, in order.
-        out_of_bounds: A sentence for each access outside the tensor its pointer was made from.
-        races: A sentence for each access of a program that meets one of another program of the same
-            launch, one of the two a store, and no atomic operation between them; and for each store
-            of two values at one address.
-        uninitialised: A sentence for each read of memory that came from `torch.empty` inside the
-            probe and that nothing had written.
-    """
-
-    kernels: list[Traffic] = field(default_factory=list)
-    out_of_bounds: list[str] = field(default_factory=list)
-    races: list[str] = field(default_factory=list)
-    uninitialised: list[str] = field(default_factory=list)
-
-    @property
-    def launches(self) -> int:
-        """Number of kernel launches."""
-        return len(self.kernels)
-
-    @property
-    def defects(self) -> list[str]:
-        """All sentences."""
-        return [*self.out_of_bounds, *self.races, *self.uninitialised]
-
-    def __getattr__(self, name: str) -> int:
-        """Return a count of `Traffic`, summed over the launches."""
-        if name == "kernel" or name not in Traffic.__dataclass_fields__:
-            raise AttributeError(f"a trace has no {name}")
-        return sum(getattr(launch, name) for launch in self.kernels)
-
-    def table(self) -> str:
-        """Return a line for each launch: programs, bytes and operations."""
-        names = ("programs", "bytes_loaded", "bytes_stored", "bytes_atomic", "flops")
-        rows = [("kernel", *(name.replace("_", " ") for name in names))]
-        rows += [(k.kernel, *(str(getattr(k, name)) for name in names)) for k in self.kernels]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        )
 
 
 class _Watch:
@@ -268,6 +191,13 @@ class _Watch:
         self.launch.flops += 2 * int(np.prod(a.data.shape)) * b.data.shape[-1]
         return original(builder, a, b, *rest)
 
+    def dot_scaled(self, original: Any, builder: Any, *args: Any) -> Any:
+        result = original(builder, *args)
+        lhs, packed = args[0], args[2] == ir.ScaleDotElemTypeTY.E2M1 and args[7]
+        depth = lhs.data.shape[-1] * (2 if packed else 1)  # two numbers of four bits in a byte
+        self.launch.flops += 2 * result.data.size * depth
+        return result
+
     def arithmetic(self, original: Any, builder: Any, *args: Any) -> Any:
         result = original(builder, *args)
         if args[0].dtype.scalar.is_floating() and result.data.dtype != bool:
@@ -319,6 +249,7 @@ def _places(watch: _Watch) -> Iterator[tuple[Any, str, Any]]:
         "create_atomic_load": watch.atomic,
         "create_atomic_store": watch.atomic,
         "create_dot": watch.dot,
+        "create_dot_scaled": watch.dot_scaled,
         "binary_op": watch.arithmetic,
         "unary_op": watch.arithmetic,
         "create_fma": watch.fma,
