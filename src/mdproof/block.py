@@ -40,6 +40,8 @@ class Options:
         alt: Text alternative of the block's figures.
         caption: Caption of the block's figures.
         timeout: Seconds.
+        tensor_cores: Names of kernels that must run on tensor cores wherever they compile.
+        nodevice: Why the block, which launches kernels, is not compared on a device.
     """
 
     source: str = ""
@@ -50,6 +52,8 @@ class Options:
     alt: str = ""
     caption: str = ""
     timeout: float = TIMEOUT
+    tensor_cores: str = ""
+    nodevice: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from mdproof.benchmark import record_benchmark
 from mdproof.collect import collect, make_pipeline, shown
 from mdproof.errors import PageError
 from mdproof.proof import ForgedError, load_proof, orphans, staleness
@@ -54,7 +55,7 @@ def prove(site: Site, pages: list[str], *, everything: bool) -> int:
                 if not collected.blocks:
                     continue
                 run = open_page(site, page, servers, collected)
-                if not everything and not any(run.stale) and run.proof is not None:
+                if not everything and run.fresh:
                     print(f"{page}: fresh", flush=True)
                     continue
                 print(f"{page}: {len(run.blocks)} blocks ...", end=" ", flush=True)
@@ -69,6 +70,25 @@ def prove(site: Site, pages: list[str], *, everything: bool) -> int:
                 for frame in failure.frames[-3:]:
                     print(f"  at {frame}")
             failed += bool(updated.failures)
+    finally:
+        servers.close()
+    return 1 if failed else 0
+
+
+def bench(site: Site, pages: list[str]) -> int:
+    """Measure on this machine's device what pages have a benchmark for, and record the rows."""
+    servers, failed = Servers(site), 0
+    try:
+        if servers.device is None:
+            print("there is no CUDA device on this machine")
+            return 1
+        for page in pages:
+            try:
+                rows = record_benchmark(open_page(site, page, servers), servers.device)
+                print(f"{page}: {rows} rows measured on {servers.device.name}")
+            except (PageError, ForgedError) as error:
+                print(error)
+                failed += 1
     finally:
         servers.close()
     return 1 if failed else 0
@@ -90,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     proving = commands.add_parser("prove", help="run what is stale and record it")
     proving.add_argument("pages", nargs="*", help="pages below docs; default: all that are stale")
     proving.add_argument("--all", action="store_true", help="also pages whose proof is fresh")
+    measuring = commands.add_parser("bench", help="measure pages on this machine's device")
+    measuring.add_argument("pages", nargs="+", help="pages below docs that have a benchmark")
     given = parser.parse_args(arguments)
     try:
         site = load_site()
@@ -100,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "status":
             return status(site)
         pages = [_page(site, page) for page in given.pages]
+        if given.command == "bench":
+            return bench(site, pages)
         return prove(site, pages, everything=given.all or bool(pages))
     except PageError as error:
         print(error, file=sys.stderr)

@@ -23,6 +23,7 @@ from markdown.preprocessors import Preprocessor
 from mdproof import overview
 from mdproof.article import Article, list_articles, read_article
 from mdproof.errors import PageError, build_error
+from mdproof.exercised import Evidence
 from mdproof.site import Site, is_collecting, link, load_site, page_of
 
 _LINE = re.compile(r"^\[\[([a-z][a-z-]*)(?::[ \t]*(.*?))?[ \t]*\]\][ \t]*$")
@@ -44,6 +45,7 @@ _WORDS = {
         "no_use": "还没有文章用到它。",
         "block": "第 {} 段",
         "tests": "{} 项测试",
+        "example": "文档字符串里的例子随测试运行。",
         "no_tests": "没有直接的测试。",
         "page": "页面",
         "passed": "已验证",
@@ -70,6 +72,7 @@ _WORDS = {
         "no_use": "No article uses it yet.",
         "block": "block {}",
         "tests": "{} tests",
+        "example": "The example in its docstring runs with the tests.",
         "no_tests": "No test names it.",
         "page": "Page",
         "passed": "Verified",
@@ -158,11 +161,13 @@ class _Writer:
             where = self.words["list"].join(links) if links else self.words["no_use"]
             lines += [f"[`{dotted.rpartition('.')[2]}`][{dotted}]", f":   {where}", ""]
             files = tests.get(dotted, {})
-            if not files:
+            if overview.has_example(self.site, dotted):
+                lines += [f"    {self.words['example']}", ""]
+            elif not files:
                 lines += [f"    {self.words['no_tests']}", ""]
             for file, names in files.items():
                 count = self.words["tests"].format(len(names))
-                items = "".join(f"<li>{html.escape(self._sentence(name))}</li>" for name in names)
+                items = "".join(f"<li>{self._tested(test)}</li>" for test in names)
                 lines += [
                     f"    <details><summary><code>{html.escape(file)}</code> · {count}</summary>"
                     f"<ul>{items}</ul></details>",
@@ -293,8 +298,10 @@ class _Writer:
         return f"{self.site.packages[0]}.{rooms.replace('/', '.')}"
 
     @staticmethod
-    def _sentence(name: str) -> str:
-        return name.removeprefix("test_").replace("_", " ")
+    def _tested(test: Evidence) -> str:
+        """Return a test's name as a sentence, with the equations that it cites."""
+        sentence = test.name.removeprefix("test_").replace("_", " ")
+        return " ".join([html.escape(sentence), *(f"({label})" for label in test.equations)])
 
 
 def _short(title: str) -> str:

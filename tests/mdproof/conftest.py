@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import mdproof
 from mdproof.collect import Collected, collect
 from mdproof.prove import PageRun, Servers, Updated, open_page, update_page
 from mdproof.site import Site, load_site
@@ -115,8 +116,8 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sample]:
     (tmp_path / "src/sample/__init__.py").write_text("", encoding="utf-8")
     (tmp_path / "src/sample/shapes.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    path = [str(tmp_path / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    ours = Path(mdproof.__file__).parents[1]  # the workers run the engine that is tested
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'src'}{os.pathsep}{ours}")
     servers: list[Servers] = []
     yield Sample(tmp_path, servers)
     for each in servers:

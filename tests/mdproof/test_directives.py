@@ -34,7 +34,11 @@ MODULE = '''\
 
 
 def loss(x):
-    """Return the loss."""
+    """Return the loss.
+
+    >>> loss(1)
+    1
+    """
     return x
 
 
@@ -56,7 +60,7 @@ def helper(x):
 
 
 def test_loss_is_small():
-    assert loss(1) == 1
+    assert loss(1) == 1  # (eq:dpo-loss)
 
 
 def test_through_a_helper():
@@ -136,7 +140,9 @@ def test_usage_names_articles_and_tests(site: Site) -> None:
     assert '<a href="../../llm/dpo.md">DPO：偏好</a>' in first
     assert "第 1 段" in first
     assert "3 项测试" in first
-    for name in ("loss is small", "through a helper", "by the module"):
+    assert "文档字符串里的例子随测试运行。" in first
+    assert "文档字符串里的例子随测试运行。" not in second
+    for name in ("loss is small (eq:dpo-loss)", "through a helper", "by the module"):
         assert f"<li>{name}</li>" in first
     assert "something else" not in html
     assert "还没有文章用到它。" in second
