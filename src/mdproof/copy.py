@@ -10,7 +10,7 @@ from typing import Any
 
 from mdproof.block import Block
 from mdproof.collect import collect
-from mdproof.normal import normalise
+from mdproof.normal import digest, normalise
 from mdproof.proof import base_page, imported_modules, load_proof, used_libraries
 from mdproof.reference import find_source
 from mdproof.site import Site, load_site
@@ -43,6 +43,11 @@ class Copy:
     def sha256(self) -> str:
         """The hash of the text, as recorded in the proof."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+
+    @property
+    def code(self) -> str:
+        """The hash of what the program does, which its layout and its comments do not change."""
+        return digest(normalise(self.text))
 
 
 def header(site: Site, block: Block, libraries: dict[str, str]) -> str:
@@ -160,9 +165,10 @@ def recorded_copy(site: Site, blocks: Sequence[Block], record: Mapping[str, Any]
 def is_recorded(site: Site, blocks: Sequence[Block], record: Mapping[str, Any], copy: Copy) -> bool:
     """Tell whether a copy of the last of `blocks` is the one that was run.
 
-    A translation's may differ from it in comments and docstrings.
+    It may differ from it in layout, comments and docstrings: the block's key tells whether the
+    page reads its own text.
     """
-    if copy.sha256 == record["copy"]["sha256"]:
+    if copy.sha256 == record["copy"]["sha256"] or copy.code == record["copy"].get("code"):
         return True
     page = blocks[-1].page
     base = base_page(site, page)

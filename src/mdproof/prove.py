@@ -455,7 +455,12 @@ def _find_copy(run: PageRun, block: Block, record: dict[str, Any]) -> dict[str, 
     for copy, libraries in candidates(run.site, run.blocks[: block.index]):
         failure = run_copy(run, block, copy, record["outputs"])
         if failure is None:
-            return {"level": copy.level, "sha256": copy.sha256, "libraries": libraries}
+            return {
+                "level": copy.level,
+                "sha256": copy.sha256,
+                "code": copy.code,
+                "libraries": libraries,
+            }
     assert failure is not None
     return failure
 

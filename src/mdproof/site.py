@@ -87,8 +87,13 @@ _SETTINGS: dict[str, type] = {
     "require_language": bool,
     "macros": dict,
     "tests": list,
+    "types": str,
+    "types_ignore": list,
 }
 """What `[tool.mdproof]` may hold."""
+
+_VALUES: dict[str, tuple[str, ...]] = {"types": ("none", "pyrefly")}
+"""Settings that are one of a few words."""
 
 
 def _read_project(file: Path) -> dict[str, Any]:
@@ -106,6 +111,11 @@ def _read_project(file: Path) -> dict[str, Any]:
         if not isinstance(value, _SETTINGS[key]):
             kind = _SETTINGS[key].__name__
             raise PageError(file.name, line, f"[tool.mdproof] {key} is {value!r}, not a {kind}")
+        if key in _VALUES and value not in _VALUES[key]:
+            known = ", ".join(_VALUES[key])
+            raise PageError(
+                file.name, line, f"[tool.mdproof] {key} is {value!r}; known are {known}"
+            )
     return project
 
 
