@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from mdproof.errors import PageError
+from mdproof.scaffold import ScaffoldError, begin_article
 from mdproof.site import Site, load_site
 from mdproof.tools import ToolError
 
@@ -67,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("pages", nargs="*", help=f"pages below docs; default: {pages}")
         return made
 
-    command("status", "which pages are proven")
+    telling = command("status", "which pages are proven")
+    telling.add_argument("--json", action="store_true", help="for programs")
+    telling.add_argument("--titles", action="store_true", help="also the title of each page")
     proving = command("prove", "run what is stale and record it", pages="all that are stale")
     proving.add_argument("--all", action="store_true", help="also pages whose proof is fresh")
     linting = command("lint", "lint the blocks of pages and check their types", pages="all")
@@ -77,14 +80,28 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="change nothing, tell by exit code"
     )
     formatting.add_argument("--diff", action="store_true", help="change nothing, show what would")
+    beginning = command("new", "begin an article on all floors: page, module, test, reference")
+    beginning.add_argument("room", help="wing and room, such as large-models/dpo")
+    beginning.add_argument("--title", required=True, help="title of the page")
     return parser
+
+
+def new(site: Site, room: str, title: str) -> int:
+    """Begin an article and print its files."""
+    files, left = begin_article(site, room, title)
+    print("\n".join(files))
+    if left:
+        print(left)
+    return 0
 
 
 def _run(site: Site, given: argparse.Namespace) -> int:
     if given.command == "status":
         from mdproof.status import status
 
-        return status(site)
+        return status(site, as_json=given.json, titles=given.titles)
+    if given.command == "new":
+        return new(site, given.room, given.title)
     pages = [_page(site, page) for page in given.pages]
     if given.command == "lint":
         return lint(site, pages or site.pages(), types=not given.no_types)
@@ -100,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         return _run(load_site(), given)
-    except (FileNotFoundError, PageError, ToolError) as error:
+    except (FileNotFoundError, PageError, ToolError, ScaffoldError) as error:
         print(error, file=sys.stderr)
         return 2
 

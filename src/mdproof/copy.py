@@ -107,6 +107,12 @@ def _join(texts: Sequence[str]) -> str:
     return out
 
 
+@functools.lru_cache(maxsize=1024)
+def _statements(code: str, block: int) -> tuple[Statement, ...]:
+    """Return a block's statements, read once for all the blocks below it."""
+    return tuple(read_statements(code, block))
+
+
 def build_copy(
     site: Site, blocks: Sequence[Block], *, level: str, libraries: dict[str, str]
 ) -> Copy:
@@ -127,7 +133,7 @@ def build_copy(
         earlier: list[Statement] = []
         for other in blocks[:-1]:
             if not other.options.norun and not other.options.raises:
-                earlier += read_statements(plain_code(other), other.index)
+                earlier += _statements(plain_code(other), other.index)
         prelude = close(earlier, read_statements(body, block.index), level=level)
     future = [text for text in prelude if _FUTURE.match(text)]
     prelude = [*dict.fromkeys(future), *(text for text in prelude if text not in future)]

@@ -89,6 +89,7 @@ _SETTINGS: dict[str, type] = {
     "tests": list,
     "types": str,
     "types_ignore": list,
+    "floors": list,
 }
 """What `[tool.mdproof]` may hold."""
 
