@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="change nothing, tell by exit code"
     )
     formatting.add_argument("--diff", action="store_true", help="change nothing, show what would")
+    command("doctor", "which pages are proven for the versions installed here, and what is amiss")
     beginning = command("new", "begin an article on all floors: page, module, test, reference")
     beginning.add_argument("room", help="wing and room, such as large-models/dpo")
     beginning.add_argument("--title", required=True, help="title of the page")
@@ -100,6 +101,10 @@ def _run(site: Site, given: argparse.Namespace) -> int:
         from mdproof.status import status
 
         return status(site, as_json=given.json, titles=given.titles)
+    if given.command == "doctor":
+        from mdproof.doctor import doctor
+
+        return doctor(site)
     if given.command == "new":
         return new(site, given.room, given.title)
     pages = [_page(site, page) for page in given.pages]

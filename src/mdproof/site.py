@@ -6,6 +6,7 @@
 
 import functools
 import posixpath
+import re
 import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -105,7 +106,7 @@ def _read_project(file: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise PageError(file.name, 1, f"not TOML: {error}") from None
     for key, value in project.get("tool", {}).get("mdproof", {}).items():
-        line = 1 + next((n for n, x in enumerate(text.split("\n")) if x.startswith(key)), 0)
+        line = _line_of(text, key)
         if key not in _SETTINGS:
             known = ", ".join(_SETTINGS)
             raise PageError(file.name, line, f"[tool.mdproof] has no {key!r}; known are {known}")
@@ -118,6 +119,14 @@ def _read_project(file: Path) -> dict[str, Any]:
                 file.name, line, f"[tool.mdproof] {key} is {value!r}; known are {known}"
             )
     return project
+
+
+def _line_of(text: str, key: str) -> int:
+    """Return the line of a key of `[tool.mdproof]`."""
+    lines = text.split("\n")
+    header = next((n for n, line in enumerate(lines) if line.strip() == "[tool.mdproof]"), 0)
+    name = re.compile(rf"[\"']?{re.escape(key)}[\"']?\s*=")
+    return 1 + next((n for n in range(header, len(lines)) if name.match(lines[n])), header)
 
 
 @functools.cache
