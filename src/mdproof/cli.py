@@ -58,6 +58,13 @@ def _page(site: Site, given: str) -> str:
     raise PageError(given, 1, f"no such page below {site.docs.name}")
 
 
+def _count(text: str) -> int:
+    """Read a number of pages."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pages, from 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mdproof", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -73,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     telling.add_argument("--titles", action="store_true", help="also the title of each page")
     proving = command("prove", "run what is stale and record it", pages="all that are stale")
     proving.add_argument("--all", action="store_true", help="also pages whose proof is fresh")
+    proving.add_argument("--jobs", type=_count, default=1, metavar="N", help="pages at a time")
+    proving.add_argument("--junit", type=Path, metavar="FILE", help="write a report in JUnit XML")
+    proving.add_argument("--json", type=Path, metavar="FILE", help="write a report in JSON")
+    proving.add_argument("--annotate", action="store_true", help="print GitHub's annotations, too")
     linting = command("lint", "lint the blocks of pages and check their types", pages="all")
     linting.add_argument("--no-types", action="store_true", help="leave out the type checker")
     formatting = command("format", "format the blocks of pages, nothing else", pages="all")
@@ -114,7 +125,15 @@ def _run(site: Site, given: argparse.Namespace) -> int:
         return format_pages(site, pages or site.pages(), check=given.check, diff=given.diff)
     from mdproof.proving import prove
 
-    return prove(site, pages, everything=given.all or bool(pages))
+    return prove(
+        site,
+        pages,
+        everything=given.all or bool(pages),
+        jobs=given.jobs,
+        junit=given.junit,
+        json_file=given.json,
+        annotate=given.annotate,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ import base64
 import datetime
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Servers:
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        self.told: Callable[[], None] | None = None  # called whenever a block is done
         self._open: dict[tuple[bool, int], Server] = {}
 
     def run(self, job: dict[str, Any], *, hash_seed: int = 0) -> list[Ran]:
@@ -55,7 +56,9 @@ class Servers:
         libraries = self.site.preload if loaded else ()
         if (loaded, hash_seed) not in self._open:
             self._open[loaded, hash_seed] = Server(libraries, hash_seed=hash_seed)
-        return self._open[loaded, hash_seed].run(job)
+        server = self._open[loaded, hash_seed]
+        server.told = self.told
+        return server.run(job)
 
     def close(self) -> None:
         """End the workers."""

@@ -1,5 +1,6 @@
 """A small site of its own for each test of the engine."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sample]:
     (tmp_path / "src/sample/__init__.py").write_text("", encoding="utf-8")
     (tmp_path / "src/sample/shapes.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "src"))
+    ours = Path(__file__).parents[2] / "src"  # in a worktree, what is installed is another
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'src'}{os.pathsep}{ours}")
     servers: list[Servers] = []
     yield Sample(tmp_path, servers)
     for each in servers:
