@@ -39,7 +39,7 @@ class Standing:
         page: Path below `docs`.
         state: "fresh", "stale", "failed" (a fence makes no sense) or "forged" (a proof was edited).
         blocks: Number of blocks.
-        passed: Number of blocks that ran and whose proof holds.
+        passed: Number of blocks that ran, whose output was compared and whose proof holds.
         stale: Why a block's proof does not hold, by its number.
         problem: Of a failed or forged page, what is wrong with it, in one line.
         excuses: Blocks of which less is proven.
@@ -108,6 +108,7 @@ def read_standing(site: Site, page: str, md: Markdown | None = None) -> Standing
         for block, record in zip(blocks, records, strict=False)
         if block.index not in stale and not block.options.norun
     ]
+    varying = [b for b in blocks if b.options.varies and b.index not in stale]
     ways = {_way(way) for record in holds for way in record["verified"]}
     libraries: dict[str, str] = {}
     for record in holds:
@@ -116,7 +117,7 @@ def read_standing(site: Site, page: str, md: Markdown | None = None) -> Standing
         page,
         "stale" if stale else "fresh",
         blocks=len(blocks),
-        passed=len(holds),
+        passed=len(holds) - len(varying),
         stale=stale,
         excuses=made,
         verified=tuple(name for _, name in sorted(ways)),
