@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from mdproof.errors import PageError
+from mdproof.installing import AssetsError, init
 from mdproof.scaffold import ScaffoldError, begin_article
 from mdproof.site import Site, load_site
 from mdproof.tools import ToolError
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("pages", nargs="*", help=f"pages below docs; default: {pages}")
         return made
 
+    command("init", "bring the style and the script into a site, and say what mkdocs.yml lacks")
     telling = command("status", "which pages are proven")
     telling.add_argument("--json", action="store_true", help="for programs")
     telling.add_argument("--titles", action="store_true", help="also the title of each page")
@@ -112,6 +114,8 @@ def _run(site: Site, given: argparse.Namespace) -> int:
         from mdproof.status import status
 
         return status(site, as_json=given.json, titles=given.titles)
+    if given.command == "init":
+        return init(site)
     if given.command == "doctor":
         from mdproof.doctor import doctor
 
@@ -141,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         return _run(load_site(), given)
-    except (FileNotFoundError, PageError, ToolError, ScaffoldError) as error:
+    except (FileNotFoundError, PageError, ToolError, ScaffoldError, AssetsError) as error:
         print(error, file=sys.stderr)
         return 2
 

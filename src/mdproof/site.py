@@ -137,6 +137,8 @@ def _load_site(config: Path) -> Site:
     mkdocs = read_mkdocs(config)
     project = _read_project(root / "pyproject.toml")
     settings = project.get("tool", {}).get("mdproof", {})
+    # A site that has declared articles watches over every fence; another may have old ones.
+    settings.setdefault("require_language", bool(settings.get("articles")))
     lock = settings.get("lock")
     theme = mkdocs.get("theme") or {}
     return Site(
