@@ -56,6 +56,16 @@ class Options:
     nodevice: str = ""
 
 
+EXCUSES = ("norun", "varies", "nodevice", "network", "warns")
+"""Options that say why less is proven of a block than of others; each is counted in public."""
+
+
+def excuses(options: Options) -> dict[str, str]:
+    """Return the reason of each excuse that a block makes."""
+    found = ((name, getattr(options, name, "")) for name in EXCUSES)
+    return {name: reason for name, reason in found if reason}
+
+
 @dataclass(frozen=True)
 class Block:
     """One fence that is run.

@@ -10,7 +10,7 @@ from typing import Any
 from mdproof.block import Block
 from mdproof.closure import object_closure
 from mdproof.collect import collect
-from mdproof.normal import normalise
+from mdproof.normal import digest, normalise
 from mdproof.proof import base_page, imported_modules, load_proof, used_libraries
 from mdproof.site import Site, load_site
 from mdproof.slicing import LEVELS, Statement, close, read_statements
@@ -42,6 +42,11 @@ class Copy:
     def sha256(self) -> str:
         """The hash of the text, as recorded in the proof."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+
+    @property
+    def code(self) -> str:
+        """The hash of what the program does, which its layout and its comments do not change."""
+        return digest(normalise(self.text))
 
 
 def header(site: Site, block: Block, libraries: dict[str, str]) -> str:
@@ -75,6 +80,12 @@ def _join(texts: Sequence[str]) -> str:
     return out
 
 
+@functools.lru_cache(maxsize=1024)
+def _statements(code: str, block: int) -> tuple[Statement, ...]:
+    """Return a block's statements, read once for all the blocks below it."""
+    return tuple(read_statements(code, block))
+
+
 def build_copy(
     site: Site, blocks: Sequence[Block], *, level: str, libraries: dict[str, str]
 ) -> Copy:
@@ -95,7 +106,7 @@ def build_copy(
         earlier: list[Statement] = []
         for other in blocks[:-1]:
             if not other.options.norun and not other.options.raises:
-                earlier += read_statements(plain_code(other), other.index)
+                earlier += _statements(plain_code(other), other.index)
         prelude = close(earlier, read_statements(body, block.index), level=level)
     future = [text for text in prelude if _FUTURE.match(text)]
     prelude = [*dict.fromkeys(future), *(text for text in prelude if text not in future)]
@@ -133,9 +144,10 @@ def recorded_copy(site: Site, blocks: Sequence[Block], record: Mapping[str, Any]
 def is_recorded(site: Site, blocks: Sequence[Block], record: Mapping[str, Any], copy: Copy) -> bool:
     """Tell whether a copy of the last of `blocks` is the one that was run.
 
-    A translation's may differ from it in comments and docstrings.
+    It may differ from it in layout, comments and docstrings: the block's key tells whether the
+    page reads its own text.
     """
-    if copy.sha256 == record["copy"]["sha256"]:
+    if copy.sha256 == record["copy"]["sha256"] or copy.code == record["copy"].get("code"):
         return True
     page = blocks[-1].page
     base = base_page(site, page)

@@ -129,6 +129,11 @@ def reading_order(site: Site, wing: str) -> list[str]:
     return found
 
 
+def nav_pages(site: Site) -> list[str]:
+    """Return every page that `nav` in `mkdocs.yml` names, in its order."""
+    return list(_pages(site.settings["mkdocs"].get("nav") or []))
+
+
 def nav_title(site: Site, page: str) -> str:
     """Return the title of the section of `nav` that opens with `page`, or ""."""
     for entry in site.settings["mkdocs"].get("nav") or []:

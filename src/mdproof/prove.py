@@ -4,7 +4,7 @@ import base64
 import datetime
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Servers:
     def __init__(self, site: Site, device: Device | None = None) -> None:
         self.site = site
         self.device = device or find_device(site.preload)
+        self.told: Callable[[], None] | None = None  # called whenever a block is done
         self._open: dict[tuple[bool, int], Server] = {}
 
     def run(self, job: dict[str, Any], *, hash_seed: int = 0) -> list[Ran]:
@@ -61,7 +62,9 @@ class Servers:
         libraries = self.site.preload if loaded else ()
         if (loaded, hash_seed) not in self._open:
             self._open[loaded, hash_seed] = Server(libraries, hash_seed=hash_seed)
-        return self._open[loaded, hash_seed].run(job)
+        server = self._open[loaded, hash_seed]
+        server.told = self.told
+        return server.run(job)
 
     def close(self) -> None:
         """End the workers."""
@@ -502,7 +505,12 @@ def _find_copy(run: PageRun, block: Block, record: dict[str, Any]) -> dict[str, 
     for copy, libraries in candidates(run.site, run.blocks[: block.index]):
         failure = run_copy(run, block, copy, record["outputs"])
         if failure is None:
-            return {"level": copy.level, "sha256": copy.sha256, "libraries": libraries}
+            return {
+                "level": copy.level,
+                "sha256": copy.sha256,
+                "code": copy.code,
+                "libraries": libraries,
+            }
     assert failure is not None
     return failure
 

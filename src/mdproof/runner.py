@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._job = 0
+        self.told: Callable[[], None] | None = None  # called whenever a block is done
         self._folder = tempfile.TemporaryDirectory(prefix="mdproof-")
 
     def __enter__(self) -> "Server":
@@ -231,6 +232,8 @@ class Server:
                 deadline = time.monotonic() + blocks[current]["timeout"]
             elif event["event"] == "done":
                 done.append(_ran(event, blocks[event["block"]]))
+                if self.told is not None:
+                    self.told()
                 current, deadline = None, page_end
             elif event["event"] == "exit":
                 self._job = 0

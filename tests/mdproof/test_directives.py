@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -152,9 +153,14 @@ def test_usage_names_articles_and_tests(site: Site) -> None:
 
 def test_verification_counts_and_gives_reasons(site: Site) -> None:
     html = render(site, "about.md", "[[verification]]")
-    assert html.count("<tr>") == 4  # heading, two pages, total
+    assert html.count("<tr>") == 3  # heading, two pages
     assert "不运行：no GPU" in html
     assert "llm/ppo.md#block-1" in html
+    assert "<b>3</b> 代码段" in html
+    assert "<b>1</b> 例外" in html
+    assert "<b>3</b> 待验证" in html
+    assert "<td>0 / 2</td>" in re.sub(r"<td[^>]*>", "<td>", html)
+    assert html.index("PPO：剪切") > html.index("DPO：偏好")  # the order of the nav
 
 
 def test_an_article_shows_its_facts_below_the_title(site: Site) -> None:

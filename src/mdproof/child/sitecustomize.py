@@ -1,6 +1,7 @@
 """Runs when a Python starts that a page has started: what it enters and opens counts too."""
 
 import contextlib
+import importlib
 import os
 import sys
 
@@ -15,6 +16,6 @@ _path = list(sys.path)
 sys.path[:] = [entry for entry in _path if os.path.abspath(entry) != _here]
 _own = sys.modules.pop("sitecustomize", None)
 with contextlib.suppress(ImportError):
-    import sitecustomize  # noqa: F401
+    importlib.import_module("sitecustomize")
 if _own is not None:
     sys.modules.setdefault("sitecustomize", _own)
