@@ -13,7 +13,7 @@ export OMP_NUM_THREADS = 1
 help:
 	@echo "make serve    read the site in a browser (runs no article code)"
 	@echo "make test     prove everything: lint, unit tests, every page, strict build, browser"
-	@echo "make check    lint and types"
+	@echo "make check    lint and types, of the sources and of the pages' blocks"
 	@echo "make prove    run the pages whose proof is stale and record what they show"
 	@echo "make site     strict build into site/;  make zensical: the same with Zensical"
 	@echo "make bench    measure the engine against plain Python"
@@ -51,6 +51,7 @@ check: $(VENV)/dev.stamp
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/pyrefly check --summary=none
+	@$(BIN)/python -m mdproof lint
 
 unit: $(VENV)/dev.stamp
 	@echo "==> unit tests, parity with peer libraries, docstring examples"

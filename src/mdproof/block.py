@@ -40,6 +40,8 @@ class Options:
         alt: Text alternative of the block's figures.
         caption: Caption of the block's figures.
         timeout: Seconds.
+        tensor_cores: Names of kernels that must run on tensor cores wherever they compile.
+        nodevice: Why the block, which launches kernels, is not compared on a device.
     """
 
     source: str = ""
@@ -50,6 +52,18 @@ class Options:
     alt: str = ""
     caption: str = ""
     timeout: float = TIMEOUT
+    tensor_cores: str = ""
+    nodevice: str = ""
+
+
+EXCUSES = ("norun", "varies", "nodevice", "network", "warns")
+"""Options that say why less is proven of a block than of others; each is counted in public."""
+
+
+def excuses(options: Options) -> dict[str, str]:
+    """Return the reason of each excuse that a block makes."""
+    found = ((name, getattr(options, name, "")) for name in EXCUSES)
+    return {name: reason for name, reason in found if reason}
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,13 @@ def read_mkdocs(file: Path) -> dict[str, Any]:
         raise PageError(file.name, 1, str(error)) from None
 
 
+def parse_mkdocs(text: str) -> dict[str, Any]:
+    """Return the settings in the text of a `mkdocs.yml`, `INHERIT` not followed."""
+    return yaml.load(text, _Loader) or {}
+
+
 def _read(file: Path) -> dict[str, Any]:
-    config = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
+    config = parse_mkdocs(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise PageError(file.name, 1, "not a table of settings")
     parent = config.pop("INHERIT", None)

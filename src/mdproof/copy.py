@@ -1,6 +1,5 @@
 """The runnable copy: for each block the text that the copy button gives, and that is run alone."""
 
-import ast
 import functools
 import hashlib
 import re
@@ -9,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdproof.block import Block
+from mdproof.closure import object_closure
 from mdproof.collect import collect
-from mdproof.normal import normalise
+from mdproof.normal import digest, normalise
 from mdproof.proof import base_page, imported_modules, load_proof, used_libraries
-from mdproof.reference import find_source
 from mdproof.site import Site, load_site
 from mdproof.slicing import LEVELS, Statement, close, read_statements
 
@@ -44,6 +43,11 @@ class Copy:
         """The hash of the text, as recorded in the proof."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
+    @property
+    def code(self) -> str:
+        """The hash of what the program does, which its layout and its comments do not change."""
+        return digest(normalise(self.text))
+
 
 def header(site: Site, block: Block, libraries: dict[str, str]) -> str:
     """Return the comment that a copy begins with: site, page, block and versions."""
@@ -67,32 +71,6 @@ def plain_code(block: Block) -> str:
     return "\n".join(line[4:] for line in lines if line.startswith((">>>", "...")))
 
 
-def _object_closure(site: Site, block: Block) -> tuple[list[str], str]:
-    """Return what of its module an object needs, and the object itself, closed over the module."""
-    source = find_source(block.options.source, site)
-    module = source.file.read_text(encoding="utf-8")
-    statements = [
-        statement
-        for statement in read_statements(module, 0)
-        if not (
-            isinstance(statement.node, ast.Expr) and isinstance(statement.node.value, ast.Constant)
-        )
-    ]
-    inside = [
-        statement
-        for statement in statements
-        if statement.node.lineno <= source.last_line
-        and (statement.node.end_lineno or 0) >= source.first_line
-    ]
-    others = [statement for statement in statements if statement not in inside]
-    kept = close(others, inside, level="slice")
-    before = [s.text for s in others if s.node.lineno < source.first_line]
-    after = {s.text for s in others if s.node.lineno > source.last_line}
-    first = [text for text in kept if text in before or text not in after]
-    later = [text for text in kept if text not in first]
-    return [*first, *later], "\n\n\n".join(statement.text for statement in inside)
-
-
 def _join(texts: Sequence[str]) -> str:
     out, gap = "", ""
     for text in texts:
@@ -100,6 +78,12 @@ def _join(texts: Sequence[str]) -> str:
         out += ("\n\n\n" if tall and gap else gap) + text
         gap = "\n\n\n" if tall else "\n"
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _statements(code: str, block: int) -> tuple[Statement, ...]:
+    """Return a block's statements, read once for all the blocks below it."""
+    return tuple(read_statements(code, block))
 
 
 def build_copy(
@@ -116,13 +100,13 @@ def build_copy(
     block = blocks[-1]
     top = header(site, block, libraries)
     if block.kind == "source":
-        prelude, body = _object_closure(site, block)
+        prelude, body = object_closure(site, block)
     else:
         body = plain_code(block).rstrip("\n")
         earlier: list[Statement] = []
         for other in blocks[:-1]:
             if not other.options.norun and not other.options.raises:
-                earlier += read_statements(plain_code(other), other.index)
+                earlier += _statements(plain_code(other), other.index)
         prelude = close(earlier, read_statements(body, block.index), level=level)
     future = [text for text in prelude if _FUTURE.match(text)]
     prelude = [*dict.fromkeys(future), *(text for text in prelude if text not in future)]
@@ -160,9 +144,10 @@ def recorded_copy(site: Site, blocks: Sequence[Block], record: Mapping[str, Any]
 def is_recorded(site: Site, blocks: Sequence[Block], record: Mapping[str, Any], copy: Copy) -> bool:
     """Tell whether a copy of the last of `blocks` is the one that was run.
 
-    A translation's may differ from it in comments and docstrings.
+    It may differ from it in layout, comments and docstrings: the block's key tells whether the
+    page reads its own text.
     """
-    if copy.sha256 == record["copy"]["sha256"]:
+    if copy.sha256 == record["copy"]["sha256"] or copy.code == record["copy"].get("code"):
         return True
     page = blocks[-1].page
     base = base_page(site, page)

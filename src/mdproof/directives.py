@@ -23,7 +23,9 @@ from markdown.preprocessors import Preprocessor
 from mdproof import overview
 from mdproof.article import Article, list_articles, read_article
 from mdproof.errors import PageError, build_error
+from mdproof.exercised import Evidence
 from mdproof.site import Site, is_collecting, link, load_site, page_of
+from mdproof.verification import write_verification
 
 _LINE = re.compile(r"^\[\[([a-z][a-z-]*)(?::[ \t]*(.*?))?[ \t]*\]\][ \t]*$")
 _CHINESE = re.compile(r"[㐀-鿿]")
@@ -44,17 +46,8 @@ _WORDS = {
         "no_use": "还没有文章用到它。",
         "block": "第 {} 段",
         "tests": "{} 项测试",
+        "example": "文档字符串里的例子随测试运行。",
         "no_tests": "没有直接的测试。",
-        "page": "页面",
-        "passed": "已验证",
-        "unrun": "不运行",
-        "varying": "不比对",
-        "stale": "待验证",
-        "date": "日期",
-        "seconds": "用时",
-        "total": "合计",
-        "excuses": "不运行或不比对的代码段，以及各自的理由：",
-        "no_excuses": "全站没有不运行或不比对的代码段。",
     },
     "en": {
         "minutes": "{} min read",
@@ -70,17 +63,8 @@ _WORDS = {
         "no_use": "No article uses it yet.",
         "block": "block {}",
         "tests": "{} tests",
+        "example": "The example in its docstring runs with the tests.",
         "no_tests": "No test names it.",
-        "page": "Page",
-        "passed": "Verified",
-        "unrun": "Not run",
-        "varying": "Not compared",
-        "stale": "To verify",
-        "date": "Date",
-        "seconds": "Seconds",
-        "total": "Total",
-        "excuses": "Blocks that are not run or not compared, with their reasons:",
-        "no_excuses": "Every block of this site is run and compared.",
     },
 }
 
@@ -158,11 +142,13 @@ class _Writer:
             where = self.words["list"].join(links) if links else self.words["no_use"]
             lines += [f"[`{dotted.rpartition('.')[2]}`][{dotted}]", f":   {where}", ""]
             files = tests.get(dotted, {})
-            if not files:
+            if overview.has_example(self.site, dotted):
+                lines += [f"    {self.words['example']}", ""]
+            elif not files:
                 lines += [f"    {self.words['no_tests']}", ""]
             for file, names in files.items():
                 count = self.words["tests"].format(len(names))
-                items = "".join(f"<li>{html.escape(self._sentence(name))}</li>" for name in names)
+                items = "".join(f"<li>{self._tested(test)}</li>" for test in names)
                 lines += [
                     f"    <details><summary><code>{html.escape(file)}</code> · {count}</summary>"
                     f"<ul>{items}</ul></details>",
@@ -173,34 +159,9 @@ class _Writer:
     def verification(self, argument: str) -> list[str]:
         if argument:
             raise _DirectiveError("takes no argument")
-        words = self.words
-        columns = ("page", "passed", "varying", "unrun", "stale", "date", "seconds")
-        lines = ['<div class="verification-table" markdown="1">', ""]
-        lines += ["| " + " | ".join(words[name] for name in columns) + " |"]
-        lines += ["| --- | --: | --: | --: | --: | --- | --: |"]
-        excuses: list[str] = []
-        totals = [0, 0, 0, 0]
-        for wing in self.site.articles:
-            for page in [page for page in self.site.pages() if page.startswith(f"{wing}/")]:
-                if not self.site.is_article(page):
-                    continue
-                state = overview.read_state(self.site, page)
-                counts = [state.passed, len(state.varying), len(state.unrun), state.stale]
-                totals = [total + count for total, count in zip(totals, counts, strict=True)]
-                name = f"[{_cell(read_article(self.site, page).title)}]({self._to(page)})"
-                numbers = " | ".join(map(str, counts))
-                seconds = f"{state.seconds:.1f} s" if state.date else ""
-                lines.append(f"| {name} | {numbers} | {state.date} | {seconds} |")
-                for kind in ("varying", "unrun"):
-                    excuses += [
-                        f"- {self._article_link(page, block)} · {words[kind]}：{reason}"
-                        for block, reason in getattr(state, kind)
-                    ]
-        lines += [f"| **{words['total']}** | " + " | ".join(map(str, totals)) + " | | |", ""]
-        lines += ["</div>", ""]
-        if excuses:
-            return [*lines, words["excuses"], "", *excuses]
-        return [*lines, words["no_excuses"]]
+        return write_verification(
+            self.site, self._to, lambda page, block: link(self.md, f"{page}#block-{block}")
+        )
 
     def pages(self, argument: str) -> list[str]:
         folder = argument.strip("/")
@@ -293,17 +254,15 @@ class _Writer:
         return f"{self.site.packages[0]}.{rooms.replace('/', '.')}"
 
     @staticmethod
-    def _sentence(name: str) -> str:
-        return name.removeprefix("test_").replace("_", " ")
+    def _tested(test: Evidence) -> str:
+        """Return a test's name as a sentence, with the equations that it cites."""
+        sentence = test.name.removeprefix("test_").replace("_", " ")
+        return " ".join([html.escape(sentence), *(f"({label})" for label in test.equations)])
 
 
 def _short(title: str) -> str:
     """Return what stands before the colon of a title."""
     return re.split(r"[：:]", title, maxsplit=1)[0]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _minutes(article: Article) -> int:

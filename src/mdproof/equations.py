@@ -224,6 +224,12 @@ def _scan_code(file: Path, mtime: int, size: int) -> tuple[tuple[str, int], ...]
     )
 
 
+def cited_labels(file: Path) -> tuple[tuple[str, int], ...]:
+    """Return the labels, with lines, that a Python file cites in comments and docstrings."""
+    stamp = _stamp(file)
+    return _scan_code(*stamp) if stamp else ()
+
+
 def _stamp(file: Path) -> tuple[Path, int, int] | None:
     try:
         stat = file.stat()
@@ -355,10 +361,12 @@ def cited_by(label: str, known: Registry, link: Callable[[str], str]) -> str:
         shown = []
         for names in tests.values():
             first = next(iter(names.values()))
+            page = _page_of_test(first, known.site)
+            href = link(page) if page else None
             if len(names) > 1:
-                shown.append(words["tests"].format(_place(first, None, first.module), len(names)))
+                shown.append(words["tests"].format(_place(first, href, first.module), len(names)))
             else:
-                shown.append(_place(first, None))
+                shown.append(_place(first, href))
         lines.append(words["test"] + words["and"].join(shown))
     return "".join(f"<span>{line}</span>" for line in lines)
 
@@ -370,6 +378,15 @@ def _target(found: Citation, site: Site) -> str | None:
     parts = found.name.split(".")
     candidates = (".".join([found.module, *parts[:end]]) for end in range(len(parts), 0, -1))
     return next(filter(None, (reference_target(name, site) for name in candidates)), None)
+
+
+def _page_of_test(found: Citation, site: Site) -> str | None:
+    """Return where the reference lists the tests of a room; `tests/a/test_b.py` is of room a/b."""
+    room = re.sub(r"(?:^|(?<=/))test_|\.py$", "", found.file.partition("/")[2]).replace("_", "-")
+    page = f"reference/{room}.md"
+    file = site.docs / page
+    listed = file.is_file() and "{#used-by}" in file.read_text(encoding="utf-8")
+    return f"{page}#used-by" if listed else None
 
 
 def _place(found: Citation, href: str | None, text: str = "") -> str:

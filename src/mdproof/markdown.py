@@ -9,7 +9,7 @@ import html
 import logging
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from markdown import Markdown
@@ -18,10 +18,13 @@ from markdown.postprocessors import Postprocessor
 from markdown.preprocessors import Preprocessor
 
 from mdproof.article import read_article
+from mdproof.benchmark import benchmark_outdated
 from mdproof.block import HIGHLIGHT, LOOKS_RUNNABLE, RUNNABLE, Block, read_options
 from mdproof.collect import read_page, shown
 from mdproof.copy import is_recorded, recorded_copy
+from mdproof.device import outdated, ways_of
 from mdproof.errors import PageError, build_error
+from mdproof.names import Program, read_program
 from mdproof.proof import ForgedError, Proof, figure_folder, load_proof, record_reason
 from mdproof.reference import UnknownNameError, find_source, reference_target
 from mdproof.render import link_names, render_block
@@ -295,13 +298,16 @@ class MdproofExtension(Extension):
         code, document = block.code, ""
         if block.kind == "source":
             code, document = self._source(site, block, language)
-        names = record["names"] if record is not None else {}
+        links = record.get("links", {}) if record is not None and not reason else {}
 
         def target(dotted: str) -> str | None:
             found = reference_target(dotted, site)
             exists = found and (site.docs / found.partition("#")[0]).is_file()
             return link(self.md, found) if found and exists else None
 
+        program = read_program(block.shown or code, kind=block.kind)
+        if block.kind == "source":
+            program = _folded(program, block.shown, code)
         pretty = highlighted(code, "pycon" if block.kind == "doctest" else "python")
         copy = recorded_copy(site, state.blocks, record) if record and not reason else None
         if copy and record and not is_recorded(site, state.blocks, record, copy):
@@ -310,7 +316,7 @@ class MdproofExtension(Extension):
         folder = figure_folder(site, page).relative_to(site.docs).as_posix()
         return render_block(
             block,
-            link_names(pretty, names, target),
+            link_names(pretty, code, program, links, target),
             record=record,
             reason=reason,
             copy=copy,
@@ -319,6 +325,12 @@ class MdproofExtension(Extension):
             figure=lambda name: link(self.md, f"{folder}/{name}"),
             caption=self._caption(block, file),
             document=document,
+            outdated={
+                str(w.get("device")): outdated(site, state.blocks, w) for w in ways_of(record)
+            },
+            remeasure={
+                str(w.get("device")): benchmark_outdated(site, page, w) for w in ways_of(record)
+            },
         )
 
     def _caption(self, block: Block, file: str) -> str:
@@ -340,7 +352,7 @@ class MdproofExtension(Extension):
         if state.proof is None or position >= len(state.proof.blocks):
             return None, "is not proven yet"
         record = state.proof.blocks[position]
-        return record, record_reason(site, state.blocks, record)
+        return record, record_reason(site, state.blocks, state.proof.blocks[: position + 1])
 
     def _source(self, site: Site, block: Block, language: dict[str, str]) -> tuple[str, str]:
         """Return an object's code with its docstring folded, and the folded docstring."""
@@ -370,6 +382,21 @@ class MdproofExtension(Extension):
             )
         inner = "".join(parts)
         return code, f'<div class="mdproof-foot">{inner}</div>' if inner else ""
+
+
+def _folded(program: Program, whole: str, shown: str) -> Program:
+    """Return a program's references where they stand once its docstring is folded into one line."""
+    before, after = whole.split("\n"), shown.split("\n")
+    gone = len(before) - len(after)
+    first = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), 0)
+    if not gone:
+        return program
+    last = first + gone + 1  # the lines of the docstring, counted from 1
+    moved = [
+        replace(one, line=one.line - gone if one.line > last else one.line)
+        for one in program.references
+    ]
+    return Program(tuple(moved), program.statements)
 
 
 def _check_encoding() -> None:

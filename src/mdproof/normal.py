@@ -8,7 +8,8 @@ from pathlib import Path
 _SKIPPED = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 
 
-def _drop_docstrings(tree: ast.AST) -> None:
+def drop_docstrings(tree: ast.AST) -> None:
+    """Take the docstrings out of a syntax tree."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -16,17 +17,18 @@ def _drop_docstrings(tree: ast.AST) -> None:
             del node.body[0]
 
 
-def _dump(node: object) -> str:
+def dump(node: object) -> str:
+    """Return a text of a syntax tree that is the same under every version of Python."""
     # ast.dump differs between Python versions; empty fields left out, this does not.
     if isinstance(node, ast.AST):
         fields = (
-            f"{name}={_dump(value)}"
+            f"{name}={dump(value)}"
             for name, value in ast.iter_fields(node)
             if name not in _SKIPPED and value is not None and value != []
         )
         return f"{type(node).__name__}({','.join(fields)})"
     if isinstance(node, list):
-        return f"[{','.join(map(_dump, node))}]"
+        return f"[{','.join(map(dump, node))}]"
     return repr(node)
 
 
@@ -38,8 +40,8 @@ def normalise(code: str) -> str:
         SyntaxError: If the code is not Python.
     """
     tree = ast.parse(code)
-    _drop_docstrings(tree)
-    return _dump(tree)
+    drop_docstrings(tree)
+    return dump(tree)
 
 
 def digest(*texts: str) -> str:

@@ -1,6 +1,5 @@
 """What is known about the whole site: reading orders, recorded proofs, who uses an object."""
 
-import ast
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from mdproof.block import Block
 from mdproof.collect import collect
 from mdproof.errors import PageError
+from mdproof.exercised import Evidence, tests_in
 from mdproof.proof import ForgedError, Proof, load_proof, proof_file, staleness
 from mdproof.reference import Module, UnknownNameError, find_source, read_module
 from mdproof.site import Site, load_site
@@ -129,6 +129,11 @@ def reading_order(site: Site, wing: str) -> list[str]:
     return found
 
 
+def nav_pages(site: Site) -> list[str]:
+    """Return every page that `nav` in `mkdocs.yml` names, in its order."""
+    return list(_pages(site.settings["mkdocs"].get("nav") or []))
+
+
 def nav_title(site: Site, page: str) -> str:
     """Return the title of the section of `nav` that opens with `page`, or ""."""
     for entry in site.settings["mkdocs"].get("nav") or []:
@@ -186,75 +191,27 @@ def articles_using(site: Site, module: str) -> dict[str, list[tuple[str, int]]]:
     return uses
 
 
-def tests_using(site: Site, module: str) -> dict[str, dict[str, list[str]]]:
-    """Return for each object of a module the test files and the test functions that name it."""
-    uses: dict[str, dict[str, list[str]]] = {}
-    for file in sorted((site.root / "tests").rglob("test_*.py")):
-        stat = file.stat()
-        for name, tests in _names_in_tests(file, stat.st_mtime_ns, stat.st_size).items():
-            rest = name.removeprefix(f"{module}.")
-            if rest != name:
-                owner = f"{module}.{rest.split('.')[0]}"
-                where = file.relative_to(site.root).as_posix()
-                known = uses.setdefault(owner, {}).setdefault(where, [])
-                known += [test for test in tests if test not in known]
+def tests_using(site: Site, module: str) -> dict[str, dict[str, list[Evidence]]]:
+    """Return for each object of a module the files with tests that use it, and these tests."""
+    uses: dict[str, dict[str, list[Evidence]]] = {}
+    for folder in site.settings.get("tests", ("tests",)):
+        for file in sorted((site.root / folder).rglob("test_*.py")):
+            where = file.relative_to(site.root).as_posix()
+            for test in tests_in(site, file):
+                inside = {name.removeprefix(f"{module}.") for name in test.uses} - test.uses
+                for owner in {f"{module}.{name.split('.')[0]}" for name in inside}:
+                    uses.setdefault(owner, {}).setdefault(where, []).append(test)
     return uses
 
 
-@functools.lru_cache(maxsize=4096)
-def _names_in_tests(file: Path, mtime: int, size: int) -> dict[str, tuple[str, ...]]:
-    """Return the dotted names that the tests of a file use, helpers followed."""
-    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
-    imports: dict[str, str] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            imports |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
-        elif isinstance(node, ast.Import):
-            imports |= {a.asname: a.name for a in node.names if a.asname}
-            imports |= {a.name.split(".")[0]: a.name.split(".")[0] for a in node.names}
-    top: dict[str, ast.AST] = {}
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            top[node.name] = node
-        elif isinstance(node, ast.Assign):
-            top |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
-    found: dict[str, list[str]] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-            for name in _reach(node, top, imports):
-                found.setdefault(name, []).append(node.name)
-    return {name: tuple(tests) for name, tests in found.items()}
-
-
-def _reach(start: ast.AST, top: Mapping[str, ast.AST], imports: Mapping[str, str]) -> set[str]:
-    """Return the imported names that a node uses, also through the definitions of its file."""
-    found: set[str] = set()
-    seen: set[str] = set()
-    waiting = [start]
-    while waiting:
-        for node in ast.walk(waiting.pop()):
-            dotted = _dotted(node)
-            head, _, rest = dotted.partition(".")
-            if head in imports:
-                found.add(imports[head] + (f".{rest}" if rest else ""))
-            elif head in top and head not in seen:
-                seen.add(head)
-                waiting.append(top[head])
-            if isinstance(node, ast.FunctionDef):  # fixtures are named by arguments
-                for argument in node.args.args:
-                    if argument.arg in top and argument.arg not in seen:
-                        seen.add(argument.arg)
-                        waiting.append(top[argument.arg])
-    return found
-
-
-def _dotted(node: ast.AST) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        before = _dotted(node.value)
-        return f"{before}.{node.attr}" if before else ""
-    return ""
+def has_example(site: Site, dotted: str) -> bool:
+    """Tell whether an object's docstring has an example, which runs as a test of its own."""
+    source = find_source(dotted, site)
+    if source.docstring_span is None:
+        return False
+    first, last = source.docstring_span
+    lines = read_module(source.file).lines[first - 1 : last]
+    return any(line.lstrip().startswith(">>> ") for line in lines)
 
 
 def summary(site: Site, dotted: str) -> str:

@@ -1,10 +1,10 @@
 """Proofs: what was seen when a page ran, and the keys that tell whether it still holds.
 
 A block's key is a hash over everything that decides its result: the code of the blocks up to it
-without comments and docstrings, the sources of the repository's modules that had been imported by
-then, the data files that had been opened, and the locked versions of the libraries that these
-import. All of it can be computed again without importing or running anything, so a build can tell a
-fresh proof from a stale one.
+without comments and docstrings, what the repository's modules run when they are imported, the
+bodies of their functions that had been entered by then, the data files that had been opened, and
+the locked versions of the libraries that these import. All of it can be computed again without
+importing or running anything, so a build can tell a fresh proof from a stale one.
 """
 
 import ast
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from mdproof.block import Block
-from mdproof.normal import digest, file_digest, normalise, source_digest
+from mdproof.closure import object_closure
+from mdproof.normal import digest, file_digest, normalise
 from mdproof.site import Site
+from mdproof.skeleton import module_digest
 
-SCHEMA = 1
+SCHEMA = 2
 
 _LOCKED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", re.MULTILINE)
 _SUFFIX = re.compile(r"\.[a-z]{2}(?:-[A-Za-z]{2,4})?$")
@@ -96,14 +98,20 @@ def load_proof(site: Site, page: str) -> Proof | None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all; it keeps its mode, if it was there."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    mode = file.stat().st_mode & 0o777 if file.exists() else 0o644
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
+        os.chmod(name, mode)
         os.replace(name, file)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -237,6 +245,7 @@ def block_key(
     blocks: Sequence[Block],
     *,
     modules: Iterable[str],
+    entered: Iterable[str],
     files: Iterable[str],
     libraries: dict[str, str],
 ) -> str:
@@ -246,6 +255,7 @@ def block_key(
         site: The site.
         blocks: The chain.
         modules: Repository modules that had been imported, dotted.
+        entered: Functions of theirs that had been entered, "module:function".
         files: Data files that had been opened, below the root.
         libraries: Libraries that these use, with the versions seen; locked ones count as locked.
     """
@@ -256,10 +266,21 @@ def block_key(
     reads_text = any(_READS_TEXT.search(block.code) for block in blocks)
     if reads_text:
         parts += [block.code for block in blocks]
-    of_source = file_digest if reads_text else source_digest
-    for module in sorted(modules):
+    by_module: dict[str, set[str]] = {module: set() for module in modules}
+    for name in entered:
+        module, _, function = name.partition(":")
+        by_module.setdefault(module, set()).add(function)
+    for module, functions in sorted(by_module.items()):
         file = module_file(module, site)
-        parts += [module, of_source(file) if file is not None else "missing"]
+        if file is None:
+            parts += [module, "missing"]
+        elif reads_text:
+            parts += [module, file_digest(file)]
+        else:
+            parts += [module, module_digest(file, functions)]
+    if last.options.source:
+        before, shown = object_closure(site, last)
+        parts += [normalise(text) for text in (*before, shown)]
     for name in sorted(files):
         path = site.root / name
         parts += [name, file_digest(path) if path.is_file() else "missing"]
@@ -269,12 +290,20 @@ def block_key(
     return digest(*parts)
 
 
-def record_reason(site: Site, blocks: Sequence[Block], record: dict[str, Any]) -> str:
-    """Return why the record of the last of `blocks` does not hold, "" if it does."""
+def record_reason(site: Site, blocks: Sequence[Block], records: Sequence[dict[str, Any]]) -> str:
+    """Return why the record of the last of `blocks` does not hold, "" if it does.
+
+    Args:
+        site: The site.
+        blocks: The page's blocks up to it.
+        records: Their records.
+    """
+    record = records[-1]
     key = block_key(
         site,
         blocks,
         modules=record["modules"],
+        entered=[name for each in records for name in each["entered"]],
         files=record["files"],
         libraries=record["libraries"],
     )
@@ -314,7 +343,8 @@ def staleness(site: Site, blocks: Sequence[Block], proof: Proof | None) -> list[
         if position >= len(proof.blocks):
             reasons.append("not proven yet")
             continue
-        reasons.append(record_reason(site, blocks[: position + 1], proof.blocks[position]))
+        upto = position + 1
+        reasons.append(record_reason(site, blocks[:upto], proof.blocks[:upto]))
     if reasons and len(proof.blocks) > len(blocks):
         reasons[-1] = reasons[-1] or "blocks were removed since the page was proven"
     return reasons

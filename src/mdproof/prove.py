@@ -4,7 +4,7 @@ import base64
 import datetime
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,12 @@ from mdproof.block import Block
 from mdproof.collect import Collected, collect, shown
 from mdproof.compare import first_difference, images, same_figure
 from mdproof.copy import Copy, candidates, is_recorded, plain_code, recorded_copy
+from mdproof.device import Device, check_way, outdated, ways_of
+from mdproof.device_run import run_on_device
 from mdproof.errors import PageError
+from mdproof.gpu import find_device
+from mdproof.kernel_source import kernel_program
+from mdproof.kernels import short_name, without_tensor_cores
 from mdproof.proof import (
     Proof,
     base_page,
@@ -31,7 +36,7 @@ from mdproof.proof import (
     used_libraries,
     write_text,
 )
-from mdproof.runner import Failure, Ran, Server, copy_job, page_job
+from mdproof.runner import Failure, Ran, Server, copy_job, module_name, page_job
 from mdproof.site import Site
 
 UPDATE = "run `pytest docs --update` and look at what changes"
@@ -44,8 +49,10 @@ class Servers:
     shows itself as a copy that prints something else.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, device: Device | None = None) -> None:
         self.site = site
+        self.device = device or find_device(site.preload)
+        self.told: Callable[[], None] | None = None  # called whenever a block is done
         self._open: dict[tuple[bool, int], Server] = {}
 
     def run(self, job: dict[str, Any], *, hash_seed: int = 0) -> list[Ran]:
@@ -55,13 +62,17 @@ class Servers:
         libraries = self.site.preload if loaded else ()
         if (loaded, hash_seed) not in self._open:
             self._open[loaded, hash_seed] = Server(libraries, hash_seed=hash_seed)
-        return self._open[loaded, hash_seed].run(job)
+        server = self._open[loaded, hash_seed]
+        server.told = self.told
+        return server.run(job)
 
     def close(self) -> None:
         """End the workers."""
         for server in self._open.values():
             server.close()
         self._open.clear()
+        if self.device is not None:
+            self.device.close()
 
 
 def _imports(code: str) -> set[str]:
@@ -107,6 +118,23 @@ class PageRun:
         """The page's blocks."""
         return self.collected.blocks
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing is left to prove here, on the device of this machine neither."""
+        if self.proof is None or any(self.stale):
+            return False
+        device = self.servers.device
+        return device is None or not any(
+            _launches(record)
+            and not block.options.nodevice
+            and not any(
+                way["device"] == device.name
+                and not outdated(self.site, self.blocks[: block.index], way)
+                for way in ways_of(record)
+            )
+            for block, record in zip(self.blocks, self.proof.blocks, strict=True)
+        )
+
     def record(self, block: Block) -> dict[str, Any] | None:
         """Return a block's record, fresh or not."""
         if self.proof is None or block.index > len(self.proof.blocks):
@@ -138,6 +166,10 @@ class PageRun:
         if any(out["type"] != "figure" for out in ran.outputs) and block.kind == "source":
             return Failure(block.line, "importing this object prints something")
         return None
+
+
+def _launches(record: dict[str, Any]) -> bool:
+    return any(way["how"] == "interpreter" for way in record["verified"])
 
 
 def open_page(
@@ -179,14 +211,20 @@ def _check_claims(run: PageRun, block: Block, record: dict[str, Any]) -> Failure
     ran = run.ran[block.index]
     claims = {
         "modules": ran.modules,
+        "entered": ran.entered,
         "files": ran.files,
         "names": ran.names,
+        "links": ran.links,
         "libraries": _libraries(run, block, ran),
     }
     for name, seen in claims.items():
-        if record[name] != seen:
+        if record.get(name) != seen:
             return Failure(block.line, f"the record's {name} are not what the run showed: {UPDATE}")
-    hows = {way["how"] for way in record["verified"]}
+    for way in ways_of(record):
+        wrong = check_way(run.site, run.blocks[: block.index], way, ran.launches)
+        if wrong:
+            return Failure(block.line, f"{wrong}: {UPDATE}")
+    hows = {way["how"] for way in record["verified"]} - {"device"}
     expected = {"cpu", "interpreter", "compiled"} if ran.launches else {"cpu"}
     if record["status"] != "passed" or hows != expected:
         claim = ", ".join(sorted(hows))
@@ -321,10 +359,15 @@ def update_page(run: PageRun) -> Updated:
         return Updated(failures)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     compiled = _compile(run, today)
+    devices, failures = run_on_device(run, today)
+    failures = _without_tensor_cores(run, compiled) | failures
+    if failures:
+        return Updated(failures)
     records: list[dict[str, Any]] = []
     drawings: dict[str, str] = {}
     for block in run.blocks:
         record, drawn = _new_record(run, block, today, compiled)
+        record["verified"] += devices.get(block.index, [])
         old = run.record(block)
         if old is not None and _same_record(run, block, old, record):
             record = {
@@ -390,7 +433,9 @@ def _new_record(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a block's record, and its drawings by file name."""
     if block.options.norun:
-        key = block_key(run.site, run.blocks[: block.index], modules=(), files=(), libraries={})
+        key = block_key(
+            run.site, run.blocks[: block.index], modules=(), entered=(), files=(), libraries={}
+        )
         return {
             "key": key,
             "kind": block.kind,
@@ -402,8 +447,10 @@ def _new_record(
             "outputs": [],
             "libraries": {},
             "modules": [],
+            "entered": [],
             "files": [],
             "names": {},
+            "links": {},
         }, {}
     ran = run.ran[block.index]
     outputs: list[dict[str, Any]] = []
@@ -426,6 +473,7 @@ def _new_record(
         run.site,
         run.blocks[: block.index],
         modules=ran.modules,
+        entered=[name for i, each in run.ran.items() if i <= block.index for name in each.entered],
         files=ran.files,
         libraries=libraries,
     )
@@ -443,8 +491,10 @@ def _new_record(
         "outputs": outputs,
         "libraries": libraries,
         "modules": ran.modules,
+        "entered": ran.entered,
         "files": ran.files,
         "names": ran.names,
+        "links": ran.links,
     }
     return record, drawings
 
@@ -455,7 +505,12 @@ def _find_copy(run: PageRun, block: Block, record: dict[str, Any]) -> dict[str, 
     for copy, libraries in candidates(run.site, run.blocks[: block.index]):
         failure = run_copy(run, block, copy, record["outputs"])
         if failure is None:
-            return {"level": copy.level, "sha256": copy.sha256, "libraries": libraries}
+            return {
+                "level": copy.level,
+                "sha256": copy.sha256,
+                "code": copy.code,
+                "libraries": libraries,
+            }
     assert failure is not None
     return failure
 
@@ -472,7 +527,7 @@ def _compile(run: PageRun, today: str) -> dict[str, list[dict[str, Any]]]:
         return {}
     from mdproof.triton import compiling
 
-    rows = compiling.compile_launches(every)
+    rows = compiling.compile_launches(every, programs=_own_kernels(run, every))
     found: dict[str, list[dict[str, Any]]] = {}
     for index, ran in run.ran.items():
         ways = []
@@ -481,7 +536,7 @@ def _compile(run: PageRun, today: str) -> dict[str, list[dict[str, Any]]]:
                 row
                 for row in rows
                 if row["capability"] == capability
-                and {name: row[name] for name in every[0]} in ran.launches
+                and any(all(row[n] == launch[n] for n in launch) for launch in ran.launches)
             ]
             if mine and not any(row["error"] for row in mine):
                 kernels = [{name: row[name] for name in _COMPILED} for row in mine]
@@ -493,6 +548,32 @@ def _compile(run: PageRun, today: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _own_kernels(run: PageRun, launches: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the program of the kernels that are written on the page, by the page's module name."""
+    name = module_name(run.site, run.page)
+    own = [
+        short_name(launch["kernel"])
+        for launch in launches
+        if launch["kernel"].partition(":")[0] == name
+    ]
+    codes = [b.code for b in run.blocks if not b.options.norun and b.kind == "code"]
+    return {name: kernel_program("\n".join(codes), own)} if own else {}
+
+
+def _without_tensor_cores(
+    run: PageRun, compiled: dict[str, list[dict[str, Any]]]
+) -> dict[int, Failure]:
+    """Return where a kernel that a fence says to run on tensor cores does not."""
+    failures = {}
+    for block in run.blocks:
+        ways = compiled.get(str(block.index), [])
+        rows = [{**row, "target": way["target"]} for way in ways for row in way["kernels"]]
+        for kernel in block.options.tensor_cores.split():
+            for sentence in without_tensor_cores(rows, kernel)[:1]:
+                failures[block.index] = Failure(block.line, sentence)
+    return failures
+
+
 _COMPILED = (
     "kernel",
     "triton",
@@ -500,8 +581,10 @@ _COMPILED = (
     "num_stages",
     "registers",
     "stack_bytes",
+    "spill_instructions",
     "shared_bytes",
     "tensor_core",
+    "ptx",
     "cubin_sha256",
 )
 """What a proof keeps of a compiled kernel."""
@@ -514,6 +597,8 @@ def check_compiled(run: PageRun) -> Failure | None:
         if failure is not None:
             return failure
     now = _compile(run, "")
+    for failure in _without_tensor_cores(run, now).values():
+        return failure
     for block in run.blocks:
         record = run.record(block)
         if record is None:

@@ -115,6 +115,15 @@ class MarkdownPage(pytest.File):
             item.add_marker(group)
             yield item
 
+        if proof is not None and any(
+            way["how"] == "device" and way["device"] == getattr(self.run.servers.device, "name", "")
+            for record in proof.blocks
+            for way in record["verified"]
+        ):
+            item = DeviceItem.from_parent(self, name="device", block=self.run.blocks[0])
+            item.add_marker(group)
+            yield item
+
     def record(self) -> Any:
         """Prove the page anew, once."""
         from mdproof.prove import update_page
@@ -218,6 +227,16 @@ class CompiledItem(_PageItem):
         from mdproof.prove import check_compiled
 
         return check_compiled(run)
+
+
+class DeviceItem(_PageItem):
+    """The kernels that a page launches, on the device of this machine; only there is it a test."""
+
+    def check(self, run: Any) -> Any:
+        """Run on the device and compare with what is recorded of it."""
+        from mdproof.device_run import check_device
+
+        return check_device(run)
 
 
 def report(run: Any, block: Any, failure: Any) -> str:

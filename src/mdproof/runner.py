@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,10 @@ class Ran:
     failure: Failure | None = None
     seconds: float = 0.0
     modules: list[str] = field(default_factory=list)
+    entered: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
     launches: list[dict[str, Any]] = field(default_factory=list)
 
     def text(self) -> str:
@@ -67,9 +69,23 @@ class Ran:
         )
 
 
-def environment(hash_seed: int = 0) -> dict[str, str]:
-    """Return the environment that blocks run in: this one's tools, and nothing that varies."""
+_DEVICE = {
+    "TRITON_INTERPRET": "0",
+    "TRITON_DISABLE_LINE_INFO": "1",
+    "TRITON_DEFAULT_FP_FUSION": "1",
+}
+"""Kernels are compiled, to the same binaries whatever their lines are called."""
+
+
+def environment(hash_seed: int = 0, *, device: bool = False) -> dict[str, str]:
+    """Return the environment that blocks run in: this one's tools, and nothing that varies.
+
+    Only where a device is asked for is one seen; elsewhere a machine with a GPU gives what every
+    other machine gives.
+    """
     keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "TMPDIR", "SYSTEMROOT")
+    if device:
+        keep += ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "TRITON_CACHE_DIR")
     fixed = {
         "LANG": "C.UTF-8",
         "LC_ALL": "C.UTF-8",
@@ -82,18 +98,22 @@ def environment(hash_seed: int = 0) -> dict[str, str]:
     }
     threads = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
     fixed |= {f"{name}_NUM_THREADS": "1" for name in threads}
+    fixed |= _DEVICE if device else {"CUDA_VISIBLE_DEVICES": ""}
     return {name: os.environ[name] for name in keep if name in os.environ} | fixed
 
 
 class Server:
     """A worker process that forks a child for each job; use as a context manager."""
 
-    def __init__(self, libraries: Sequence[str] = (), *, hash_seed: int = 0) -> None:
+    def __init__(
+        self, libraries: Sequence[str] = (), *, hash_seed: int = 0, device: bool = False
+    ) -> None:
         self._libraries = tuple(libraries)
-        self._hash_seed = hash_seed
+        self._environment = environment(hash_seed, device=device)
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._job = 0
+        self.told: Callable[[], None] | None = None  # called whenever a block is done
         self._folder = tempfile.TemporaryDirectory(prefix="mdproof-")
 
     def __enter__(self) -> "Server":
@@ -132,7 +152,7 @@ class Server:
                 [sys.executable, "-m", "mdproof.worker", *self._libraries],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=environment(self._hash_seed),
+                env=self._environment,
             )
             self._buffer = b""
         return self._process
@@ -175,8 +195,13 @@ class Server:
     def _run(self, job: dict[str, Any]) -> list[Ran]:
         process = self._start()
         stderr = Path(self._folder.name, "stderr")
-        limits = {"memory": MEMORY, "seconds": PAGE_TIMEOUT + 2 * _GRACE}
+        memory = 0 if job.get("device") else MEMORY  # CUDA maps more addresses than there is memory
+        limits = {"memory": memory, "seconds": PAGE_TIMEOUT + 2 * _GRACE}
         job = {**job, **limits, "stderr": str(stderr)}
+        if job.pop("record", False):
+            log = Path(self._folder.name, "reach")
+            log.write_bytes(b"")
+            job["log"] = str(log)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died just now: the first event says so
             process.stdin.write(json.dumps(job).encode() + b"\n")
@@ -207,6 +232,8 @@ class Server:
                 deadline = time.monotonic() + blocks[current]["timeout"]
             elif event["event"] == "done":
                 done.append(_ran(event, blocks[event["block"]]))
+                if self.told is not None:
+                    self.told()
                 current, deadline = None, page_end
             elif event["event"] == "exit":
                 self._job = 0
@@ -252,8 +279,10 @@ def _ran(event: dict[str, Any], block: dict[str, Any]) -> Ran:
         failure=failure,
         seconds=event["seconds"],
         modules=event["modules"],
+        entered=event["entered"],
         files=event["files"],
         names=event["names"],
+        links=event["links"],
         launches=event["launches"],
     )
 
@@ -270,10 +299,11 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
         lines += block.code.split("\n")
     return {
         "file": str(file),
-        "name": _module_name(site, page),
+        "name": module_name(site, page),
         "program": "\n".join(lines) + "\n",
         "root": str(site.root),
         "packages": list(site.packages),
+        "record": True,
         "blocks": [
             {
                 "index": block.index,
@@ -282,13 +312,15 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
                 "kind": "doctest" if block.kind == "doctest" else "code",
                 "raises": block.options.raises,
                 "timeout": block.options.timeout,
+                "shown": block.shown,
+                "source": block.options.source,
             }
             for block in run
         ],
     }
 
 
-def _module_name(site: Site, page: str) -> str:
+def module_name(site: Site, page: str) -> str:
     """Return a name that no other module has, and that a page shares with its translations."""
     name = re.sub(r"[/.-]", "_", base_page(site, page).removesuffix(".md"))
     return name if "_" in name else f"page_{name}"

@@ -6,6 +6,7 @@
 
 import functools
 import posixpath
+import re
 import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -87,8 +88,14 @@ _SETTINGS: dict[str, type] = {
     "require_language": bool,
     "macros": dict,
     "tests": list,
+    "types": str,
+    "types_ignore": list,
+    "floors": list,
 }
 """What `[tool.mdproof]` may hold."""
+
+_VALUES: dict[str, tuple[str, ...]] = {"types": ("none", "pyrefly")}
+"""Settings that are one of a few words."""
 
 
 def _read_project(file: Path) -> dict[str, Any]:
@@ -99,14 +106,27 @@ def _read_project(file: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise PageError(file.name, 1, f"not TOML: {error}") from None
     for key, value in project.get("tool", {}).get("mdproof", {}).items():
-        line = 1 + next((n for n, x in enumerate(text.split("\n")) if x.startswith(key)), 0)
+        line = _line_of(text, key)
         if key not in _SETTINGS:
             known = ", ".join(_SETTINGS)
             raise PageError(file.name, line, f"[tool.mdproof] has no {key!r}; known are {known}")
         if not isinstance(value, _SETTINGS[key]):
             kind = _SETTINGS[key].__name__
             raise PageError(file.name, line, f"[tool.mdproof] {key} is {value!r}, not a {kind}")
+        if key in _VALUES and value not in _VALUES[key]:
+            known = ", ".join(_VALUES[key])
+            raise PageError(
+                file.name, line, f"[tool.mdproof] {key} is {value!r}; known are {known}"
+            )
     return project
+
+
+def _line_of(text: str, key: str) -> int:
+    """Return the line of a key of `[tool.mdproof]`."""
+    lines = text.split("\n")
+    header = next((n for n, line in enumerate(lines) if line.strip() == "[tool.mdproof]"), 0)
+    name = re.compile(rf"[\"']?{re.escape(key)}[\"']?\s*=")
+    return 1 + next((n for n in range(header, len(lines)) if name.match(lines[n])), header)
 
 
 @functools.cache
@@ -117,6 +137,8 @@ def _load_site(config: Path) -> Site:
     mkdocs = read_mkdocs(config)
     project = _read_project(root / "pyproject.toml")
     settings = project.get("tool", {}).get("mdproof", {})
+    # A site that has declared articles watches over every fence; another may have old ones.
+    settings.setdefault("require_language", bool(settings.get("articles")))
     lock = settings.get("lock")
     theme = mkdocs.get("theme") or {}
     return Site(

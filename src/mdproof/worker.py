@@ -13,7 +13,6 @@ import contextlib
 import doctest
 import faulthandler
 import importlib
-import inspect
 import io
 import json
 import linecache
@@ -31,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from mdproof import figures
+from mdproof.meanings import Meanings
+from mdproof.names import read_program
+from mdproof.reach import Recorder, audit_files
 
 OUTPUT_LIMIT = 100_000
 """Characters that one block may print."""
@@ -49,26 +51,6 @@ class _Output(io.StringIO):
         return super().write(text)
 
 
-class _Files:
-    """Records the files of the repository that the page opens."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = f"{root}{os.sep}"
-        self.seen: set[str] = set()
-        sys.addaudithook(self._audit)
-
-    def _audit(self, event: str, args: tuple[Any, ...]) -> None:
-        if event != "open" or not isinstance(args[0], str | bytes | os.PathLike):
-            return
-        path = os.path.abspath(os.fsdecode(args[0]))
-        if not path.startswith(self.root):
-            path = os.path.realpath(path)
-        if path.startswith(self.root) and not path.endswith((".py", ".pyc", ".md")):
-            below = path[len(self.root) :]
-            if not below.startswith((".", "src" + os.sep + "mdproof")) and os.path.isfile(path):
-                self.seen.add(below.replace(os.sep, "/"))
-
-
 class Page:
     """One namespace, a real module, in which blocks run in order."""
 
@@ -76,8 +58,14 @@ class Page:
         self.job = job
         self.file: str = job["file"]
         self.packages = tuple(job["packages"])
-        self.files = _Files(Path(job["root"]))
+        self.recorder: Recorder | None = None
+        if "log" in job:
+            self.recorder = Recorder(Path(job["root"]), self.packages, Path(job["log"]))
+            audit_files(self.recorder.root, self.recorder.opened)
+        self._told: set[str] = set()
         self.launches: list[Any] | None = None
+        self.origins: dict[str, tuple[Any, str]] = {}  # of the names that were imported
+        self.meanings: Meanings | None = None
         self.pid = os.getpid()
         self.flags = 0  # of the `from __future__` imports so far
         self._stack = contextlib.ExitStack()
@@ -99,6 +87,7 @@ class Page:
         error: dict[str, Any] | None = None
         value_text = ""
         mark = 0
+        self.meanings = self._meanings(block)
         with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(out):
             warnings.simplefilter("default")
             warnings.simplefilter("ignore", ResourceWarning)  # as Python itself does
@@ -131,9 +120,9 @@ class Page:
             "outputs": outputs,
             "error": error,
             "seconds": time.perf_counter() - started,
-            "modules": self._modules(),
-            "files": sorted(self.files.seen),
-            "names": self._resolve(block),
+            **self._reached(),
+            "names": self._names(),
+            "links": self._links(block),
             "launches": launches,
         }
 
@@ -159,10 +148,11 @@ class Page:
                 features = [getattr(__future__, alias.name, None) for alias in node.names]
                 self.flags |= sum(feature.compiler_flag for feature in features if feature)
             last = position == len(tree.body) - 1
-            if last and isinstance(node, ast.Expr):
-                value = eval(self._compile(ast.Expression(node.value)), self.namespace)
-            else:
-                exec(self._compile(ast.Module([node], [])), self.namespace)
+            with self._reading(position):
+                if last and isinstance(node, ast.Expr):
+                    value = eval(self._compile(ast.Expression(node.value)), self.namespace)
+                else:
+                    exec(self._compile(ast.Module([node], [])), self.namespace)
             self._watch_triton()
         if value is None or _is_drawing(value):
             return "", mark
@@ -171,7 +161,12 @@ class Page:
         return text, mark
 
     def _watch_triton(self) -> None:
-        if self.launches is None and "triton.runtime.interpreter" in sys.modules:
+        if self.launches is None and self.job.get("device"):
+            if "triton.runtime.jit" in sys.modules:
+                from mdproof.triton import compiled
+
+                self.launches = self._stack.enter_context(compiled.record())
+        elif self.launches is None and "triton.runtime.interpreter" in sys.modules:
             with contextlib.suppress(ImportError):
                 from mdproof.triton import launches
 
@@ -188,9 +183,10 @@ class Page:
             raise _FailedError("doctest: +SKIP leaves an example out unseen; norun says why")
         report = io.StringIO()
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.REPORT_NDIFF
-        runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
+        runner = _Examples(self, optionflags=flags, verbose=False)
         with contextlib.redirect_stdout(io.StringIO()):
             failed = runner.run(test, out=report.write, clear_globs=False).failed
+        runner.finish()
         if failed:
             raise _FailedError("doctest: " + " ".join(report.getvalue().split("\n", 4)[-1].split()))
 
@@ -256,39 +252,96 @@ class Page:
                 return explained
         return None
 
-    def _modules(self) -> list[str]:
-        return sorted(
-            name
-            for name, module in list(sys.modules.items())
-            if name.partition(".")[0] in self.packages and getattr(module, "__file__", None)
-        )
+    def _reached(self) -> dict[str, list[str]]:
+        """Return what of the repository the page has used so far, and what it entered newly."""
+        recorder = self.recorder
+        if recorder is None:
+            return {"modules": [], "entered": [], "files": []}
+        recorder.collect()
+        unwatched = recorder.unwatched()
+        modules = recorder.modules | {entry.partition(":")[0] for entry in unwatched}
+        new = (recorder.entered | unwatched) - self._told
+        self._told |= new
+        return {
+            "modules": sorted(modules),
+            "entered": sorted(new),
+            "files": sorted(recorder.files),
+        }
 
-    def _resolve(self, block: dict[str, Any]) -> dict[str, str]:
-        """Return the repository's objects that the block's names stand for, by dotted name."""
-        if block["kind"] == "doctest":
-            return {}
-        with contextlib.suppress(SyntaxError, RecursionError):
-            found: dict[str, str] = {}
-            for node in ast.walk(ast.parse(block["code"])):
-                for text, value in self._objects(node):
-                    dotted = _dotted(value)
-                    if dotted.partition(".")[0] in self.packages:
-                        found[text] = dotted
-            return dict(sorted(found.items()))
-        return {}
+    def _meanings(self, block: dict[str, Any]) -> Meanings | None:
+        if "split" in block:  # of a copy nobody shows the names
+            return None
+        program = read_program(block["code"], kind=block["kind"])
+        return Meanings(program, self.namespace, self.packages, self.origins)
 
-    def _objects(self, node: ast.AST) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, ast.Name) and node.id in self.namespace:
-            yield node.id, self.namespace[node.id]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            base = self.namespace.get(node.value.id)
-            if isinstance(base, types.ModuleType | type) and node.attr in vars(base):
-                yield node.attr, vars(base)[node.attr]
-        elif isinstance(node, ast.ImportFrom | ast.Import):
-            for alias in node.names:
-                name = alias.asname or alias.name
-                if name in self.namespace:
-                    yield alias.name, self.namespace[name]
+    @contextlib.contextmanager
+    def _reading(self, statement: int) -> Iterator[None]:
+        """Learn what a statement's names mean while it runs."""
+        meanings = self.meanings
+        if meanings is None or statement >= len(meanings.program.statements):
+            yield
+            return
+        meanings.before(statement)
+        try:
+            yield
+        finally:
+            meanings.after(statement)
+
+    def _names(self) -> dict[str, str]:
+        """Return the repository's objects that the block uses, by the name it has for them."""
+        found: dict[str, str] = {}
+        if self.meanings is not None:
+            for number, dotted in self.meanings.result().items():
+                text = self.meanings.program.references[number].text
+                same = found.setdefault(text, dotted) == dotted
+                if not same:
+                    found[dotted] = dotted
+        return dict(sorted(found.items()))
+
+    def _links(self, block: dict[str, Any]) -> dict[str, str]:
+        """Return what the names in the shown code mean, by the number of the reference."""
+        meanings = self.meanings
+        if meanings is not None and block.get("shown"):
+            owner = block["source"]
+            while owner and owner not in sys.modules:
+                owner = owner.rpartition(".")[0]
+            if not owner:
+                return {}
+            program = read_program(block["shown"], kind="source")
+            names = vars(sys.modules[owner])
+            constants = {
+                name: (value, f"{owner}.{name}")
+                for name, value in names.items()
+                if not callable(value) and not isinstance(value, types.ModuleType)
+            }
+            meanings = Meanings(program, names, self.packages, constants)
+            for statement in range(len(program.statements)):
+                meanings.before(statement)
+                meanings.after(statement)
+        found = meanings.result() if meanings is not None else {}
+        return {str(number): dotted for number, dotted in found.items()}
+
+
+class _Examples(doctest.DocTestRunner):
+    """Runs the examples of a doctest and learns what their names mean."""
+
+    def __init__(self, page: Page, **options: Any) -> None:
+        super().__init__(**options)
+        self.page = page
+        self.count = 0
+        self.reading: Any = None
+
+    def report_start(self, out: Any, test: Any, example: Any) -> None:
+        self.finish()
+        self.reading = self.page._reading(self.count)
+        self.reading.__enter__()
+        self.count += 1
+
+    def finish(self) -> None:
+        """End the example that is running."""
+        if self.reading is not None:
+            self.reading.__exit__(None, None, None)
+        self.reading = None
 
 
 def _is_drawing(value: Any) -> bool:
@@ -314,17 +367,6 @@ def _message(raised: BaseException) -> str:
     except Exception as error:
         text = f"(its message raises {type(error).__name__})"
     return text.encode(errors="backslashreplace").decode()
-
-
-def _dotted(value: Any) -> str:
-    if isinstance(value, types.ModuleType):
-        return value.__name__
-    with contextlib.suppress(Exception):  # an object may answer getattr with anything
-        value = getattr(value, "fn", value)  # a Triton kernel
-        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-        callable_ = inspect.isclass(value) or inspect.isroutine(value) or hasattr(value, "__code__")
-        return f"{module}.{name}" if callable_ and isinstance(module, str) and name else ""
-    return ""
 
 
 def _printed_past() -> bytes:
@@ -372,7 +414,8 @@ def _child(job: dict[str, Any], channel: int, stderr: int) -> None:
 
     with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
         os.chdir(folder)
-        _limit_memory(job["memory"])
+        if job["memory"]:
+            _limit_memory(job["memory"])
         sys.argv = [job["file"]]
         page = Page(job)
         for block in job["blocks"]:

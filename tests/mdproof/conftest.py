@@ -1,10 +1,12 @@
 """A small site of its own for each test of the engine."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import mdproof
 from mdproof.collect import Collected, collect
 from mdproof.prove import PageRun, Servers, Updated, open_page, update_page
 from mdproof.site import Site, load_site
@@ -114,7 +116,8 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sample]:
     (tmp_path / "src/sample/__init__.py").write_text("", encoding="utf-8")
     (tmp_path / "src/sample/shapes.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "src"))
+    ours = Path(mdproof.__file__).parents[1]  # the workers run the engine that is tested
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'src'}{os.pathsep}{ours}")
     servers: list[Servers] = []
     yield Sample(tmp_path, servers)
     for each in servers:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,11 @@ MODULE = '''\
 
 
 def loss(x):
-    """Return the loss."""
+    """Return the loss.
+
+    >>> loss(1)
+    1
+    """
     return x
 
 
@@ -56,7 +61,7 @@ def helper(x):
 
 
 def test_loss_is_small():
-    assert loss(1) == 1
+    assert loss(1) == 1  # (eq:dpo-loss)
 
 
 def test_through_a_helper():
@@ -136,7 +141,9 @@ def test_usage_names_articles_and_tests(site: Site) -> None:
     assert '<a href="../../llm/dpo.md">DPO：偏好</a>' in first
     assert "第 1 段" in first
     assert "3 项测试" in first
-    for name in ("loss is small", "through a helper", "by the module"):
+    assert "文档字符串里的例子随测试运行。" in first
+    assert "文档字符串里的例子随测试运行。" not in second
+    for name in ("loss is small (eq:dpo-loss)", "through a helper", "by the module"):
         assert f"<li>{name}</li>" in first
     assert "something else" not in html
     assert "还没有文章用到它。" in second
@@ -146,9 +153,14 @@ def test_usage_names_articles_and_tests(site: Site) -> None:
 
 def test_verification_counts_and_gives_reasons(site: Site) -> None:
     html = render(site, "about.md", "[[verification]]")
-    assert html.count("<tr>") == 4  # heading, two pages, total
+    assert html.count("<tr>") == 3  # heading, two pages
     assert "不运行：no GPU" in html
     assert "llm/ppo.md#block-1" in html
+    assert "<b>3</b> 代码段" in html
+    assert "<b>1</b> 例外" in html
+    assert "<b>3</b> 待验证" in html
+    assert "<td>0 / 2</td>" in re.sub(r"<td[^>]*>", "<td>", html)
+    assert html.index("PPO：剪切") > html.index("DPO：偏好")  # the order of the nav
 
 
 def test_an_article_shows_its_facts_below_the_title(site: Site) -> None:

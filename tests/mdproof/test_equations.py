@@ -218,6 +218,15 @@ def test_beside_an_equation_stand_its_functions_and_tests(root):
     assert "href" not in first
 
 
+def test_a_test_of_a_room_leads_to_where_the_reference_lists_it(root):
+    write(root, {"docs/reference/large-models/dpo.md": "# x\n\n## 出现在 {#used-by}\n"})
+    done = convert(root, DPO, "large-models/dpo.md")
+    first, loss = re.findall(r'<div class="mdproof-eq__code"[^>]*>(.*?)</div>', done)
+    target = '<a href="../reference/large-models/dpo.md#used-by" title="tests/large_models/test_dpo'
+    assert loss.endswith(f'{target}.py:2"><code>test_one</code></a></span>')
+    assert f'{target}.py:6"><code>test_dpo.py</code></a> 中的 2 项' in first
+
+
 def test_a_module_that_cites_an_equation_in_its_docstring_is_named(root):
     done = convert(root, RLHF, "large-models/rlhf.md")
     assert 'dpo.md#shop.large_models.dpo" title="src/shop/large_models/dpo.py:1"' in done

@@ -135,7 +135,7 @@ FORGERIES = {
     "libraries": (lambda r: r.update(libraries={"torch": "9.9"}), CHANGED),
     "device": (
         lambda r: r["verified"].append({"how": "device", "date": "2026-01-01"}),
-        "claims cpu, device",
+        "the record of a device lacks device, triton, torch, key, launches",
     ),
     "excuse": (lambda r: r.update(status="excused"), "the record claims"),
     "key": (lambda r: r.update(key="0" * 32), CHANGED),

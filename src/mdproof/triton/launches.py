@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
+
+from mdproof.triton.interpreter import installed
 
 _DTYPES = {
     torch.bool: "i1",
@@ -32,6 +35,7 @@ _DTYPES = {
     torch.float64: "fp64",
 }
 _OPTIONS = {"num_warps": 4, "num_stages": 3}
+_RARE_OPTIONS = ("num_ctas", "maxnreg")
 
 Launch = dict[str, Any]
 
@@ -91,12 +95,49 @@ def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Laun
         "constants": constants,
         "divisible_by_16": divisible,
         **{name: kwargs.get(name, default) for name, default in _OPTIONS.items()},
+        **{name: kwargs[name] for name in _RARE_OPTIONS if kwargs.get(name) is not None},
     }
+
+
+_UNCORRECTED = ("get_bf16_ty", "get_fp8e4nv_ty", "get_fp8e5_ty")
+
+
+def _refuse(what: str) -> None:
+    raise RuntimeError(
+        f"{what}: Triton's own interpreter gets it wrong. "
+        "Call mdproof.triton.interpreter.install() before the launch."
+    )
+
+
+@contextlib.contextmanager
+def _only_what_is_right() -> Iterator[None]:
+    """Refuse a kernel that names bfloat16 or fp8 as long as the interpreter is uncorrected."""
+    builder = interpreter.InterpreterBuilder
+    originals = {name: getattr(builder, name) for name in _UNCORRECTED}
+
+    def refusing(name: str) -> Any:
+        def get_type(self: Any) -> Any:
+            if not installed():
+                _refuse(f"the kernel converts to {name[4:-3]}")
+            return originals[name](self)
+
+        return get_type
+
+    try:
+        for name in _UNCORRECTED:
+            setattr(builder, name, refusing(name))
+        yield
+    finally:
+        for name, method in originals.items():
+            setattr(builder, name, method)
 
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
     """Collect every different launch that the interpreter runs in this context.
+
+    A launch that the interpreter would get wrong, with bfloat16 or fp8 and without the corrections
+    of `mdproof.triton.interpreter`, raises RuntimeError.
 
     Yields:
         The list of launches in order of first use, JSON-serialisable.
@@ -106,12 +147,16 @@ def record() -> Iterator[list[Launch]]:
 
     def recording(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         launch = describe(self, args, kwargs)
+        narrow = [t for t in launch["signature"].values() if t in ("*bf16", "*fp8e4nv", "*fp8e5")]
+        if narrow and not installed():
+            _refuse(f"the kernel takes {narrow[0][1:]}")
         if launch not in launches:
             launches.append(launch)
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     try:
         InterpretedFunction.run = recording
-        yield launches
+        with _only_what_is_right():
+            yield launches
     finally:
         InterpretedFunction.run = run

@@ -5,207 +5,321 @@ the result is merely wrong, sometimes. Here every address is looked at:
 
     with probe(order="shuffle", seed=1) as trace:
         my_kernel[grid](...)
-    assert not trace.races and trace.bytes_loaded == formula
+    assert not trace.defects and trace.bytes_loaded == formula
+    print(trace.table())
 """
 
 import contextlib
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import triton
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-_WATCHED = (
-    "create_masked_load",
-    "create_masked_store",
-    "create_dot",
-    "create_atomic_rmw",
-    "set_grid_idx",
-    "set_grid_dim",
+from mdproof.triton.addresses import DOES, KEY, Books, Region, tensors_in
+from mdproof.triton.fresh import Fresh
+from mdproof.triton.trace import Trace, Traffic
+
+_ORDERS = ("serial", "reverse", "shuffle")
+_POINTERS = (
+    "addptr",
+    "splat",
+    "unsplat",
+    "broadcast",
+    "expand_dims",
+    "reshape",
+    "trans",
+    "bitcast",
 )
-_MANY = -1
+_PLAIN = (np.add, np.subtract, np.multiply, np.divide, np.negative)
+_PLAIN += (np.maximum, np.minimum, np.fmax, np.fmin)
+_ACQUIRES = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
+_RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 
 
-@dataclass
-class Trace:
-    """What the launches inside one `probe` did.
+class _Watch:
+    """Everything that one probe replaces in the interpreter; each method stands for an original."""
 
-    Attributes:
-        launches: Number of kernel launches.
-        programs: Number of programs that ran.
-        bytes_loaded: Bytes that loads touched, masked-out elements not counted.
-        bytes_stored: The same for stores.
-        bytes_atomic: The same for atomic updates.
-        flops: Floating-point operations of `tl.dot`, 2MNK each.
-        out_of_bounds: A sentence for each access outside the storage of every argument.
-        races: A sentence for each pair of programs of one launch of which one stores where the
-            other loads or stores.
-    """
+    def __init__(
+        self, trace: Trace, order: str, seed: int, races: bool, storages: bool, reachable: Any
+    ) -> None:
+        self.trace, self.order, self.seed = trace, order, seed
+        self.races, self.storages, self.reachable = races, storages, reachable
+        self.fresh = Fresh()
+        self.books = Books("no kernel", races=False)
+        self.launch = Traffic("no kernel")
+        self.programs: Iterator[int] = iter(())
+        self.grid = (1, 1, 1)
 
-    launches: int = 0
-    programs: int = 0
-    bytes_loaded: int = 0
-    bytes_stored: int = 0
-    bytes_atomic: int = 0
-    flops: int = 0
-    out_of_bounds: list[str] = field(default_factory=list)
-    races: list[str] = field(default_factory=list)
+    # The launch.
+
+    def call(self, original: Any, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self.books = Books(executor.fn.__name__, races=self.races)
+        self.launch = Traffic(executor.fn.__name__)
+        self.trace.kernels.append(self.launch)
+        self.books.regions += [Region(x, whole_storage=False) for x in tensors_in(self.reachable)]
+        self.fresh.paused = True
+        try:
+            return original(executor, *args, **kwargs)
+        finally:
+            self.fresh.paused = False
+            if self.races:
+                self.launch.distinct_loaded = self.books.distinct("load")
+                self.launch.distinct_stored = self.books.distinct("store")
+
+    def convert(self, original: Any, argument: Any) -> Any:
+        """Give a pointer the region of the tensor that it is made from."""
+        converted = original(argument)
+        tensors = tensors_in(argument) if not isinstance(argument, tuple) else []
+        if tensors and hasattr(argument, "data_ptr"):
+            region = Region(tensors[0], whole_storage=self.storages)
+            self.books.regions.append(region)
+            converted.handle.set_attr(KEY, region)
+        return converted
+
+    def set_grid_dim(self, original: Any, builder: Any, *dim: int) -> Any:
+        self.grid = dim
+        numbers = list(range(int(np.prod(dim))))
+        if self.order == "reverse":
+            numbers.reverse()
+        elif self.order == "shuffle":
+            random.Random(self.seed).shuffle(numbers)
+        self.programs = iter(numbers)
+        return original(builder, *dim)
+
+    def set_grid_idx(self, original: Any, builder: Any, *_: int) -> Any:
+        number = next(self.programs)
+        self.books.begin(number)
+        self.launch.programs += 1
+        return original(builder, *(int(i) for i in np.unravel_index(number, self.grid)))
+
+    # Memory.
+
+    def pointer(self, original: Any, builder: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let a pointer that is made from another one keep its region."""
+        result = original(builder, *args, **kwargs)
+        region = next((arg.attr[KEY] for arg in args if KEY in getattr(arg, "attr", ())), None)
+        if region is not None:
+            result.set_attr(KEY, region)
+        return result
+
+    def materialize(self, original: Any, descriptor: Any, offsets: Any) -> Any:
+        pointers, mask = original(descriptor, offsets)
+        if KEY in descriptor.base.attr:
+            pointers.set_attr(KEY, descriptor.base.attr[KEY])
+        return pointers, mask
+
+    def touch(self, kind: str, pointers: Any, mask: Any) -> tuple[np.ndarray, int]:
+        """Check and enter an access; return the addresses that are not masked, and the width."""
+        data, keep = np.broadcast_arrays(pointers.data, True if mask is None else mask.data)
+        addresses = data[keep].astype(np.uint64).ravel()
+        width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        books = self.books
+        inside = books.inside(pointers.attr.get(KEY), addresses, width)
+        place = f"{books.name}: program {books.program}"
+        if not inside.all():
+            count = int((~inside).sum())
+            sentence = f"{place} has {count} out-of-bounds addresses in {_A[kind]}"
+            self.trace.out_of_bounds.append(sentence)
+            raise IndexError(sentence)
+        if self.races and (sentence := books.enter(kind, addresses, width)):
+            self.trace.races.append(sentence)
+        if kind != "store" and (count := self.fresh.unwritten(addresses, width)):
+            sentence = f"{place} {DOES[kind]} {count} elements that nothing has written"
+            self.trace.uninitialised.append(sentence)
+        if kind != "load":
+            self.fresh.write(addresses, width)
+        return addresses, width
+
+    def load(
+        self, original: Any, builder: Any, pointers: Any, mask: Any, *rest: Any, **kw: Any
+    ) -> Any:
+        addresses, width = self.touch("load", pointers, mask)
+        self.launch.bytes_loaded += addresses.size * width
+        return original(builder, pointers, mask, *rest, **kw)
+
+    def store(
+        self, original: Any, builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any
+    ) -> Any:
+        addresses, width = self.touch("store", pointers, mask)
+        self.launch.bytes_stored += addresses.size * width
+        if self.races and addresses.size > 1:
+            _, first, index = np.unique(addresses, return_index=True, return_inverse=True)
+            if first.size < addresses.size:
+                shape = pointers.data.shape
+                values = np.broadcast_to(value.data, shape)[np.broadcast_to(mask.data, shape)]
+                if (
+                    values.ravel().view(f"u{values.itemsize}") != _bits(values)[first][index]
+                ).any():
+                    where = f"{self.books.name}: program {self.books.program}"
+                    self.trace.races.append(f"{where} stores different values at one address")
+        return original(builder, pointers, value, mask, *rest)
+
+    def atomic(self, original: Any, builder: Any, *args: Any) -> Any:
+        """Watch read-modify-write, compare-and-swap, and atomic loads and stores."""
+        pointers = next(arg for arg in args if KEY in getattr(arg, "attr", ()) or _is_pointer(arg))
+        handles = [arg for arg in args if isinstance(arg, interpreter.TensorHandle)]
+        mask = handles[-1] if handles[-1].dtype.scalar.is_int1() else None
+        addresses, width = self.touch("atomic", pointers, mask)
+        self.launch.bytes_atomic += addresses.size * width
+        meaning = next((arg for arg in args if isinstance(arg, ir.MEM_SEMANTIC)), None)
+        if self.races and addresses.size == 1:
+            self.books.synchronise(
+                int(addresses[0]), acquires=meaning in _ACQUIRES, releases=meaning in _RELEASES
+            )
+        with self._blind(builder):
+            return original(builder, *args)
+
+    @contextlib.contextmanager
+    def _blind(self, builder: Any) -> Iterator[None]:
+        """Let an atomic operation load and store without being counted twice."""
+        kind = type(builder)
+        seen = kind.create_masked_load, kind.create_masked_store
+        kind.create_masked_load, kind.create_masked_store = (f.__wrapped__ for f in seen)
+        try:
+            yield
+        finally:
+            kind.create_masked_load, kind.create_masked_store = seen
+
+    # Arithmetic.
+
+    def dot(self, original: Any, builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        self.launch.flops += 2 * int(np.prod(a.data.shape)) * b.data.shape[-1]
+        return original(builder, a, b, *rest)
+
+    def dot_scaled(self, original: Any, builder: Any, *args: Any) -> Any:
+        result = original(builder, *args)
+        lhs, packed = args[0], args[2] == ir.ScaleDotElemTypeTY.E2M1 and args[7]
+        depth = lhs.data.shape[-1] * (2 if packed else 1)  # two numbers of four bits in a byte
+        self.launch.flops += 2 * result.data.size * depth
+        return result
+
+    def arithmetic(self, original: Any, builder: Any, *args: Any) -> Any:
+        result = original(builder, *args)
+        if args[0].dtype.scalar.is_floating() and result.data.dtype != bool:
+            if args[-1] in _PLAIN:
+                self.launch.elementwise_flops += result.data.size
+            elif args[-1] not in (np.floor, np.ceil, np.fmod):
+                self.launch.special_flops += result.data.size
+        return result
+
+    def fma(self, original: Any, builder: Any, *args: Any) -> Any:
+        result = original(builder, *args)
+        self.launch.elementwise_flops += 2 * result.data.size
+        return result
+
+    def special(self, original: Any, builder: Any, *args: Any) -> Any:
+        result = original(builder, *args)
+        self.launch.special_flops += result.data.size
+        return result
+
+    def reduce(self, original: Any, reduction: Any, inputs: Any) -> Any:
+        counted = self.launch.elementwise_flops
+        results = original(reduction, inputs)
+        first = results[0] if isinstance(results, tuple | list) else results
+        if inputs[0].dtype.is_floating():
+            counted += inputs[0].handle.data.size - first.handle.data.size
+        self.launch.elementwise_flops = counted  # however the interpreter went about it
+        return results
 
 
-def _extents(arguments: Any) -> set[tuple[int, int]]:
-    """Return first and last address + 1 of every storage behind the arguments."""
-    if isinstance(arguments, tuple | list):
-        return set().union(*map(_extents, arguments)) if arguments else set()
-    tensor = getattr(arguments, "base", arguments)  # a tensor descriptor has a base
-    if not isinstance(tensor, torch.Tensor):
-        return set()
-    storage = tensor.untyped_storage()
-    return {(storage.data_ptr(), storage.data_ptr() + storage.nbytes())}
+_A = {"load": "a load", "store": "a store", "atomic": "an atomic operation"}
 
 
-class _Launch:
-    """The addresses of one launch and who touched them. Programs are numbered from 1."""
+def _is_pointer(value: Any) -> bool:
+    return isinstance(value, interpreter.TensorHandle) and value.dtype.scalar.is_ptr()
 
-    def __init__(self, name: str, arguments: Any, *, races: bool) -> None:
-        self.name, self.program = name, 0
-        extents = sorted(_extents(arguments))
-        self.first = np.array([low for low, _ in extents], dtype=np.uint64)
-        self.last = np.array([high for _, high in extents], dtype=np.uint64)
-        sizes = [high - low if races else 0 for low, high in extents]
-        self.readers = [np.zeros(size, dtype=np.int32) for size in sizes]
-        self.writers = [np.zeros(size, dtype=np.int32) for size in sizes]
 
-    def locate(self, addresses: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the storage of each address, and whether the access stays inside it."""
-        if not self.first.size:
-            return np.zeros(addresses.shape, np.int64), np.zeros(addresses.shape, bool)
-        at = np.searchsorted(self.first, addresses, side="right").astype(np.int64) - 1
-        inside = (at >= 0) & (addresses + np.uint64(width) <= self.last[np.maximum(at, 0)])
-        return at, inside
+def _bits(values: np.ndarray) -> np.ndarray:
+    return values.ravel().view(f"u{values.itemsize}")
 
-    def conflict(
-        self, addresses: np.ndarray, at: np.ndarray, width: int, *, stores: bool
-    ) -> str | None:
-        """Enter one access into the books; return the sentence of a race, or None."""
-        sentence = None
-        for index in np.unique(at):
-            offset = (addresses[at == index] - self.first[index]).astype(np.int64)
-            offset = (offset[:, None] + np.arange(width)).ravel()
-            readers, writers = self.readers[index], self.writers[index]
-            others = [writers[offset]]
-            if stores:
-                others.append(readers[offset])
-                writers[offset] = self.program
-            else:
-                before = readers[offset]
-                readers[offset] = np.where(
-                    (before == 0) | (before == self.program), self.program, _MANY
-                )
-            for other in others:
-                foreign = other[(other != 0) & (other != self.program)]
-                if foreign.size:
-                    who = "several programs" if foreign[0] == _MANY else f"program {foreign[0] - 1}"
-                    does = "stores" if stores else "loads"
-                    sentence = f"{self.name}: program {self.program - 1} {does} where {who} was"
-        return sentence
+
+def _places(watch: _Watch) -> Iterator[tuple[Any, str, Any]]:
+    """Yield owner, name and replacement of everything that is watched."""
+    builder = interpreter.InterpreterBuilder
+    named = {
+        "create_masked_load": watch.load,
+        "create_masked_store": watch.store,
+        "create_atomic_rmw": watch.atomic,
+        "create_atomic_cas": watch.atomic,
+        "create_atomic_load": watch.atomic,
+        "create_atomic_store": watch.atomic,
+        "create_dot": watch.dot,
+        "create_dot_scaled": watch.dot_scaled,
+        "binary_op": watch.arithmetic,
+        "unary_op": watch.arithmetic,
+        "create_fma": watch.fma,
+        "create_erf": watch.special,
+        "create_rsqrt": watch.special,
+        "set_grid_dim": watch.set_grid_dim,
+        "set_grid_idx": watch.set_grid_idx,
+    }
+    named |= {f"create_{name}": watch.pointer for name in _POINTERS}
+    yield from ((builder, name, new) for name, new in named.items() if hasattr(builder, name))
+    yield interpreter.TensorDescHandle, "materialize_pointers", watch.materialize
+    yield interpreter.ReduceOps, "apply_impl", watch.reduce
+    yield interpreter.GridExecutor, "__call__", watch.call
+    yield interpreter, "_implicit_cvt", watch.convert
+
+
+def _replacing(original: Any, replacement: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    watched.__wrapped__ = original
+    return watched
 
 
 @contextlib.contextmanager
-def probe(*, order: str = "serial", seed: int = 0, races: bool = True) -> Iterator[Trace]:
+def probe(
+    *,
+    order: str = "serial",
+    seed: int = 0,
+    races: bool = True,
+    within: str = "views",
+    reachable: Sequence[torch.Tensor] = (),
+) -> Iterator[Trace]:
     """Watch every kernel that the interpreter runs in this context.
 
-    An access outside the storages of the arguments is entered into the trace and stops the kernel.
+    A pointer belongs to the argument that it was made from. An access outside of this tensor is
+    entered into the trace and stops the kernel.
 
     Args:
         order: In which order the programs of a grid run: "serial", "reverse" or "shuffle".
         seed: Seed of the shuffle.
-        races: Whether to keep books on who touched which byte (8 bytes of memory for each).
+        races: Whether to keep books on who touched which byte (13 bytes of memory for each).
+        within: Whether a pointer may reach the elements of its argument, "views", or all of the
+            storage behind it, "storages".
+        reachable: Further tensors that kernels may reach, by addresses that they load.
 
     Yields:
         The trace, complete when the context ends.
 
     Raises:
-        ValueError: If the order is none of the three.
+        ValueError: If `order` or `within` is none of these.
+        RuntimeError: If kernels are compiled in this process, where nothing can be watched.
     """
-    if order not in ("serial", "reverse", "shuffle"):
+    if order not in _ORDERS:
         raise ValueError(f"order is {order!r}; it must be 'serial', 'reverse' or 'shuffle'.")
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    original = {name: getattr(builder, name) for name in _WATCHED}
-    run_grid = executor.__call__
+    if within not in ("views", "storages"):
+        raise ValueError(f"within is {within!r}; it must be 'views' or 'storages'.")
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "kernels are compiled here; set TRITON_INTERPRET=1 before importing them to watch them."
+        )
     trace = Trace()
-    launch = _Launch("no kernel", (), races=False)
-    programs: Iterator[int] = iter(())
-    grid = (1, 1, 1)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal launch
-        launch = _Launch(self.fn.__name__, [*args, *kwargs.values()], races=races)
-        trace.launches += 1
-        return run_grid(self, *args, **kwargs)
-
-    def set_grid_dim(self: Any, *dim: int) -> Any:
-        nonlocal programs, grid
-        grid = dim
-        numbers = list(range(int(np.prod(dim))))
-        if order == "reverse":
-            numbers.reverse()
-        elif order == "shuffle":
-            random.Random(seed).shuffle(numbers)
-        programs = iter(numbers)
-        return original["set_grid_dim"](self, *dim)
-
-    def set_grid_idx(self: Any, *_: int) -> Any:
-        number = next(programs)
-        launch.program = number + 1
-        trace.programs += 1
-        return original["set_grid_idx"](self, *(int(i) for i in np.unravel_index(number, grid)))
-
-    def touch(pointers: Any, mask: Any, *, stores: bool) -> int:
-        data, keep = np.broadcast_arrays(pointers.data, mask.data)
-        addresses = data[keep].astype(np.uint64).ravel()
-        width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        at, inside = launch.locate(addresses, width)
-        if not inside.all():
-            what = "store" if stores else "load"
-            sentence = (
-                f"{launch.name}: program {launch.program - 1} has {int((~inside).sum())} "
-                f"out-of-bounds addresses in a {what}"
-            )
-            trace.out_of_bounds.append(sentence)
-            raise IndexError(sentence)
-        if races:
-            sentence = launch.conflict(addresses, at, width, stores=stores)
-            if sentence:
-                trace.races.append(sentence)
-        return addresses.size * width
-
-    def load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
-        trace.bytes_loaded += touch(pointers, mask, stores=False)
-        return original["create_masked_load"](self, pointers, mask, other, *rest)
-
-    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        trace.bytes_stored += touch(pointers, mask, stores=True)
-        return original["create_masked_store"](self, pointers, value, mask, *rest)
-
-    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        trace.flops += 2 * int(np.prod(a.data.shape)) * b.data.shape[-1]
-        return original["create_dot"](self, a, b, *rest)
-
-    def atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        width = max(1, value.dtype.scalar.primitive_bitwidth // 8)
-        trace.bytes_atomic += int(np.sum(mask.data)) * width
-        return original["create_atomic_rmw"](self, operation, pointers, value, mask, *rest)
-
-    replacements = (load, store, dot, atomic, set_grid_idx, set_grid_dim)
+    watch = _Watch(trace, order, seed, races, within == "storages", list(reachable))
+    originals = [(owner, name, vars(owner)[name]) for owner, name, _ in _places(watch)]
     try:
-        for name, replacement in zip(_WATCHED, replacements, strict=True):
-            setattr(builder, name, replacement)
-        executor.__call__ = call
-        yield trace
+        for owner, name, replacement in _places(watch):
+            setattr(owner, name, _replacing(vars(owner)[name], replacement))
+        with watch.fresh:
+            yield trace
     finally:
-        for name, method in original.items():
-            setattr(builder, name, method)
-        executor.__call__ = run_grid
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+        trace.uninitialised += watch.fresh.notes
