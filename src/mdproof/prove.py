@@ -297,23 +297,31 @@ def _same_images(recorded: str, new: str) -> bool:
 def run_copy(
     run: PageRun, block: Block, copy: Copy, recorded: Sequence[dict[str, Any]]
 ) -> Failure | None:
-    """Run a copy alone, and compare what its block prints with what the page records."""
+    """Run a copy alone, and compare what its block prints and draws with what the page records."""
+    return _try_copy(run, block, copy, recorded)[0]
+
+
+def _try_copy(
+    run: PageRun, block: Block, copy: Copy, recorded: Sequence[dict[str, Any]]
+) -> tuple[Failure | None, Ran]:
     with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
         job = copy_job(run.site, copy.text, copy.split, block, Path(folder))
         ran = run.servers.run(job, hash_seed=1)[0]
     if ran.failure is not None:
-        return Failure(block.line, f"the runnable copy fails alone: {ran.failure.message}")
+        message = f"the runnable copy fails alone: {ran.failure.message}"
+        return Failure(block.line, message), ran
     if block.kind == "doctest" or block.options.varies:
-        return None
+        return None, ran
     difference = first_difference(_text(recorded), ran.text(), rtol=block.options.tol)
     if difference is not None:
         message = f"the runnable copy prints {difference[1]!r}, the page {difference[0]!r}"
-        return Failure(block.line, message)
-    count = sum(out["type"] == "figure" for out in recorded)
-    drawn = sum(out["type"] == "figure" for out in ran.outputs)
-    if count != drawn:
-        return Failure(block.line, f"the runnable copy draws {drawn} figures, the page {count}")
-    return None
+        return Failure(block.line, message), ran
+    drawn = [out["svg"] for out in ran.outputs if out["type"] == "figure"]
+    kept = [out for out in recorded if out["type"] == "figure"]
+    if len(kept) != len(drawn):
+        message = f"the runnable copy draws {len(drawn)} figures, the page {len(kept)}"
+        return Failure(block.line, message), ran
+    return None, ran
 
 
 def check_copy(run: PageRun, block: Block) -> Failure | None:
@@ -500,17 +508,25 @@ def _new_record(
 
 
 def _find_copy(run: PageRun, block: Block, record: dict[str, Any]) -> dict[str, Any] | Failure:
-    """Return the record of the smallest copy that runs alone and prints what the page prints."""
+    """Return the record of the smallest copy that runs alone and does what the page does.
+
+    It must print what the page prints, and at its block's beginning the names that the block reads
+    must stand for what they stand for on the page. Where no copy does the latter (a set in another
+    order, say), the first that prints the same is taken.
+    """
     failure: Failure | None = None
+    prints_the_same: dict[str, Any] | None = None
+    state = run.ran[block.index].state
     for copy, libraries in candidates(run.site, run.blocks[: block.index]):
-        failure = run_copy(run, block, copy, record["outputs"])
-        if failure is None:
-            return {
-                "level": copy.level,
-                "sha256": copy.sha256,
-                "code": copy.code,
-                "libraries": libraries,
-            }
+        found = {"level": copy.level, "sha256": copy.sha256, "libraries": libraries}
+        failed, ran = _try_copy(run, block, copy, record["outputs"])
+        if failed is None and (ran.state == state or block.kind != "code"):
+            return found
+        failure = failed or failure
+        if failed is None:
+            prints_the_same = prints_the_same or found
+    if prints_the_same is not None:
+        return prints_the_same
     assert failure is not None
     return failure
 

@@ -20,6 +20,7 @@ from mdproof.block import Block
 from mdproof.errors import PageError
 from mdproof.proof import base_page
 from mdproof.site import Site
+from mdproof.slicing import needed_before, read_statements
 
 PAGE_TIMEOUT = 300.0
 """Seconds a whole page may take."""
@@ -55,6 +56,7 @@ class Ran:
     seconds: float = 0.0
     modules: list[str] = field(default_factory=list)
     entered: list[str] = field(default_factory=list)
+    state: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
@@ -280,6 +282,7 @@ def _ran(event: dict[str, Any], block: dict[str, Any]) -> Ran:
         seconds=event["seconds"],
         modules=event["modules"],
         entered=event["entered"],
+        state=event["state"],
         files=event["files"],
         names=event["names"],
         links=event["links"],
@@ -310,6 +313,7 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
                 "first": first[block.index],
                 "code": block.code,
                 "kind": "doctest" if block.kind == "doctest" else "code",
+                "reads": names_read(block),
                 "raises": block.options.raises,
                 "timeout": block.options.timeout,
                 "shown": block.shown,
@@ -324,6 +328,16 @@ def module_name(site: Site, page: str) -> str:
     """Return a name that no other module has, and that a page shares with its translations."""
     name = re.sub(r"[/.-]", "_", base_page(site, page).removesuffix(".md"))
     return name if "_" in name else f"page_{name}"
+
+
+def names_read(block: Block) -> list[str]:
+    """Return the names that a block looks up before it binds them."""
+    if block.kind != "code":
+        return []
+    try:
+        return sorted(needed_before(read_statements(block.code, block.index)))
+    except (SyntaxError, RecursionError):
+        return []
 
 
 def copy_job(site: Site, text: str, split: int, block: Block, folder: Path) -> dict[str, Any]:
@@ -350,6 +364,7 @@ def copy_job(site: Site, text: str, split: int, block: Block, folder: Path) -> d
                 "first": 1,
                 "code": text,
                 "kind": "code",
+                "reads": names_read(block),
                 "raises": block.options.raises,
                 "timeout": PAGE_TIMEOUT,
                 "split": split,

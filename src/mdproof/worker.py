@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mdproof import figures
+from mdproof.fingerprint import fingerprint
 from mdproof.meanings import Meanings
 from mdproof.names import read_program
 from mdproof.reach import Recorder, audit_files
@@ -63,6 +64,7 @@ class Page:
             self.recorder = Recorder(Path(job["root"]), self.packages, Path(job["log"]))
             audit_files(self.recorder.root, self.recorder.opened)
         self._told: set[str] = set()
+        self.state: dict[str, str] = {}
         self.launches: list[Any] | None = None
         self.origins: dict[str, tuple[Any, str]] = {}  # of the names that were imported
         self.meanings: Meanings | None = None
@@ -119,6 +121,7 @@ class Page:
         return {
             "outputs": outputs,
             "error": error,
+            "state": self.state,
             "seconds": time.perf_counter() - started,
             **self._reached(),
             "names": self._names(),
@@ -131,6 +134,8 @@ class Page:
         return compile(tree, self.file, mode, flags=self.flags, dont_inherit=True)
 
     def _execute(self, block: dict[str, Any], out: io.StringIO) -> tuple[str, int]:
+        if "split" not in block:
+            self._take_state(block)
         if block["kind"] == "doctest":
             self._doctest(block)
             return "", 0
@@ -144,6 +149,7 @@ class Page:
             if split and node.lineno >= split and mark == 0:
                 mark, split = out.tell(), 0
                 figures.take()
+                self._take_state(block)
             if isinstance(node, ast.ImportFrom) and node.module == "__future__":
                 features = [getattr(__future__, alias.name, None) for alias in node.names]
                 self.flags |= sum(feature.compiler_flag for feature in features if feature)
@@ -159,6 +165,11 @@ class Page:
         text = repr(value)
         text.encode()
         return text, mark
+
+    def _take_state(self, block: dict[str, Any]) -> None:
+        """Learn what the names that a block reads stand for when it begins."""
+        names = [name for name in block.get("reads", ()) if name in self.namespace]
+        self.state = {name: fingerprint(self.namespace[name]) for name in names}
 
     def _watch_triton(self) -> None:
         if self.launches is None and self.job.get("device"):

@@ -184,7 +184,7 @@ def test_a_copy_is_closed_and_runs_alone(sample: Sample) -> None:
 def test_a_slice_that_would_print_something_else_gives_way_to_a_larger_one(sample: Sample) -> None:
     page = fences("a = []\nb = a\nc = b.append(1)", "print(a)")
     assert sample.prove(page).failures == {}
-    assert [record["copy"]["level"] for record in records(sample)] == ["slice", "all"]
+    assert [record["copy"]["level"] for record in records(sample)] == ["tight", "all"]
     run = sample.open()
     assert check_copy(run, run.blocks[1]) is None
 
