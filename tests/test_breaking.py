@@ -44,6 +44,10 @@ BREAKS = {
         "args, keywords = (*func.args, *args), {**func.keywords, **keywords}",
         "args, keywords = (*args, *func.args), {**func.keywords, **keywords}",
     ),
+    "python/ddp": (
+        "pieces[into] + incoming if step < N - 1",
+        "pieces[into] - incoming if step < N - 1",
+    ),
     "large_models/dpo": (
         "-F.logsigmoid(reward_chosen - reward_rejected)",
         "-F.logsigmoid(reward_chosen + reward_rejected)",
