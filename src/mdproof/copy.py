@@ -162,6 +162,15 @@ def is_recorded(site: Site, blocks: Sequence[Block], record: Mapping[str, Any], 
     )
 
 
+def copy_holds(site: Site, blocks: Sequence[Block], record: Mapping[str, Any]) -> bool:
+    """Tell whether the copy button would give the program that was run alone.
+
+    A comment that changed does not make a proof stale, but the copy holds the comment.
+    """
+    copy = recorded_copy(site, blocks, record)
+    return copy is None or is_recorded(site, blocks, record, copy)
+
+
 @functools.lru_cache(maxsize=64)
 def _blocks(site: Site, page: str, mtime: int) -> tuple[Block, ...]:
     return tuple(collect(site, page).blocks)

@@ -13,7 +13,7 @@ from mdproof import figures
 from mdproof.block import Block
 from mdproof.collect import Collected, collect, shown
 from mdproof.compare import first_difference, images, same_figure
-from mdproof.copy import Copy, candidates, is_recorded, plain_code, recorded_copy
+from mdproof.copy import Copy, candidates, copy_holds, is_recorded, plain_code, recorded_copy
 from mdproof.device import Device, check_way, outdated, ways_of
 from mdproof.device_run import run_on_device
 from mdproof.errors import PageError
@@ -123,6 +123,9 @@ class PageRun:
         """Whether nothing is left to prove here, on the device of this machine neither."""
         if self.proof is None or any(self.stale):
             return False
+        for position, record in enumerate(self.proof.blocks):
+            if not copy_holds(self.site, self.blocks[: position + 1], record):
+                return False
         device = self.servers.device
         return device is None or not any(
             _launches(record)

@@ -93,7 +93,7 @@ class MarkdownPage(pytest.File):
             yield BrokenPage.from_parent(self, name="page", error=error)
             return
         self.updated: Any = None
-        self.fresh = bool(self.config.getoption("--stale")) and not any(self.run.stale)
+        self.fresh = bool(self.config.getoption("--stale")) and self.run.fresh
         yield from self._items()
 
     def _items(self) -> Iterator["pytest.Item"]:

@@ -9,6 +9,7 @@ import pytest
 
 from mdproof import overview
 from mdproof.errors import PageError
+from mdproof.proof import SCHEMA, Proof, save_proof
 from mdproof.site import Site, load_site
 
 FIELDS = '["title", "date", "updated", "tags", "description", "prerequisites"]'
@@ -180,9 +181,7 @@ def test_the_words_follow_the_language(tmp_path: Path, site: Site) -> None:
 
 def test_a_stale_block_is_never_counted_as_verified(site: Site) -> None:
     (site.docs / "proofs/llm").mkdir(parents=True)
-    record = {"key": "old", "modules": [], "files": [], "libraries": {}, "names": {}}
-    from mdproof.proof import Proof, save_proof
-
+    record = {"key": "old", "modules": [], "entered": [], "files": [], "libraries": {}, "names": {}}
     save_proof(site, Proof("llm/dpo.md", [{**record, "date": "2026-11-21"}] * 2))
     state = overview.read_state(site, "llm/dpo.md")
     assert (state.passed, state.stale, state.date) == (0, 2, "")
@@ -190,7 +189,7 @@ def test_a_stale_block_is_never_counted_as_verified(site: Site) -> None:
 
 def test_a_forged_proof_is_reported(site: Site) -> None:
     file = site.docs / "proofs/llm/dpo.json"
-    write(site.root, "docs/proofs/llm/dpo.json", json.dumps({"schema": 1, "seal": "x"}))
+    write(site.root, "docs/proofs/llm/dpo.json", json.dumps({"schema": SCHEMA, "seal": "x"}))
     assert file.is_file()
     with pytest.raises(PageError, match=r"docs/llm/dpo.md:1: .*docs/proofs/llm/dpo.json"):
         overview.read_state(site, "llm/dpo.md")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.mdproof.conftest import Sample
 
-from mdproof.proof import ForgedError, Proof, load_proof, save_proof
+from mdproof.proof import SCHEMA, ForgedError, Proof, load_proof, save_proof
 from mdproof.prove import check_block
 
 PAGE = """\
@@ -120,7 +120,7 @@ def test_a_proof_edited_by_hand_is_refused(proven: Sample) -> None:
         load_proof(proven.site, "page.md")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "seal": ""}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", f'{{"schema": {SCHEMA}}}', f'{{"schema": {SCHEMA}, "seal": ""}}'])
 def test_a_damaged_proof_is_refused(proven: Sample, text: str) -> None:
     (proven.root / "docs/proofs/page.json").write_text(text, encoding="utf-8")
     with pytest.raises(ForgedError, match=r"^docs/proofs/page\.json: "):
