@@ -120,7 +120,9 @@ def test_a_proof_edited_by_hand_is_refused(proven: Sample) -> None:
         load_proof(proven.site, "page.md")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", f'{{"schema": {SCHEMA}}}', f'{{"schema": {SCHEMA}, "seal": ""}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", f'{{"schema": {SCHEMA}}}', f'{{"schema": {SCHEMA}, "seal": ""}}']
+)
 def test_a_damaged_proof_is_refused(proven: Sample, text: str) -> None:
     (proven.root / "docs/proofs/page.json").write_text(text, encoding="utf-8")
     with pytest.raises(ForgedError, match=r"^docs/proofs/page\.json: "):
