@@ -17,7 +17,7 @@ from mdproof.tools import find_tool, run_tool
 
 NORMAL = {
     "E402": "a block imports what it uses, wherever it stands",
-    "F811": "so the next block imports it again; of a use in a function the first import goes unseen",
+    "F811": "so the next block imports it again, whether or not the linter saw a use",
     "T201": "a page prints",
     "T203": "a page prints",
     "N999": "a page's file is no module; its name may hold hyphens",
