@@ -41,6 +41,8 @@ class Options:
         caption: Caption of the block's figures.
         timeout: Seconds.
         tensor_cores: Names of kernels that must run on tensor cores wherever they compile.
+        network: Why the block may reach other hosts.
+        warns: What the block may do that fails others, "Category: reason" or "stderr: reason".
         nodevice: Why the block, which launches kernels, is not compared on a device.
     """
 
@@ -53,6 +55,8 @@ class Options:
     caption: str = ""
     timeout: float = TIMEOUT
     tensor_cores: str = ""
+    network: str = ""
+    warns: str = ""
     nodevice: str = ""
 
 
@@ -128,4 +132,7 @@ def read_options(given: Mapping[str, Any], *, file: str, line: int) -> Options:
         raise PageError(file, line, 'a fence with "norun" has no output: drop "raises" or "varies"')
     if read.get("source") and not _DOTTED.fullmatch(read["source"]):
         raise PageError(file, line, f'source="{read["source"]}" is not a dotted name')
+    if read.get("warns") and not re.fullmatch(r"\s*\w+\s*:.*\S.*", read["warns"]):
+        message = f'warns="{read["warns"]}" is not "Category: reason" or "stderr: reason"'
+        raise PageError(file, line, message)
     return Options(**read)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from mdproof.guard import CLOSED, NetworkGuard
 from mdproof.skeleton import WHOLE, functions
 
 MARK = "__mdproof_entered__"
@@ -186,6 +187,8 @@ def audit_files(root: str, opened: Callable[[str], None]) -> None:
 
 def follow() -> None:
     """Watch in a Python that a page has started; called when that Python starts."""
+    if os.environ.get(CLOSED):
+        NetworkGuard()
     log, root = os.environ.get(_LOG), os.environ.get(_ROOT)
     if log and root and os.path.exists(log):
         packages = os.environ.get(_PACKAGES, "").split(",")

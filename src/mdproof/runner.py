@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import select
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from mdproof.errors import PageError
 from mdproof.proof import base_page
 from mdproof.site import Site
 from mdproof.slicing import needed_before, read_statements
+from mdproof.watch import end_descendants, excess
 
 PAGE_TIMEOUT = 300.0
 """Seconds a whole page may take."""
@@ -29,6 +31,8 @@ MEMORY = 6144
 """MiB that a page may allocate beyond what its process starts with."""
 
 _GRACE = 5.0
+_LOOK = 0.3
+"""Seconds between two looks at the processes of a page that says nothing."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +170,23 @@ class Server:
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+            if left <= 0:
                 return None
+            if not select.select([self._process.stdout], [], [], min(left, _LOOK))[0]:
+                too_much = excess(self._job, MEMORY) if self._job else ""
+                if too_much:
+                    return {"event": "excess", "cause": too_much}
+                continue
             data = os.read(self._process.stdout.fileno(), 1 << 20)
             if not data:
                 return {"event": "lost"}
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and event.pop("token", None) == self._token:
+                return event
+        return {"event": "excess", "cause": "the block writes into the channel of its results"}
 
     def _end_job(self) -> None:
         """End the process of the job that is running, and what it has started."""
@@ -199,7 +212,8 @@ class Server:
         stderr = Path(self._folder.name, "stderr")
         memory = 0 if job.get("device") else MEMORY  # CUDA maps more addresses than there is memory
         limits = {"memory": memory, "seconds": PAGE_TIMEOUT + 2 * _GRACE}
-        job = {**job, **limits, "stderr": str(stderr)}
+        self._token = secrets.token_hex(16)
+        job = {**job, **limits, "stderr": str(stderr), "token": self._token}
         if job.pop("record", False):
             log = Path(self._folder.name, "reach")
             log.write_bytes(b"")
@@ -226,7 +240,12 @@ class Server:
                 self._end_job()
                 deadline = page_end = time.monotonic() + _GRACE
                 continue
-            if event["event"] == "forked":
+            if event["event"] == "excess":
+                cause = cause or event["cause"]
+                end_descendants(self._job)
+                self._end_job()
+                deadline = page_end = time.monotonic() + _GRACE
+            elif event["event"] == "forked":
                 self._job = event["pid"]
                 page_end = time.monotonic() + PAGE_TIMEOUT
             elif event["event"] == "start":
@@ -307,6 +326,7 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
         "root": str(site.root),
         "packages": list(site.packages),
         "record": True,
+        "offline": True,
         "blocks": [
             {
                 "index": block.index,
@@ -314,6 +334,7 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
                 "code": block.code,
                 "kind": "doctest" if block.kind == "doctest" else "code",
                 "reads": names_read(block),
+                **_allowances(block),
                 "raises": block.options.raises,
                 "timeout": block.options.timeout,
                 "shown": block.shown,
@@ -328,6 +349,12 @@ def module_name(site: Site, page: str) -> str:
     """Return a name that no other module has, and that a page shares with its translations."""
     name = re.sub(r"[/.-]", "_", base_page(site, page).removesuffix(".md"))
     return name if "_" in name else f"page_{name}"
+
+
+def _allowances(block: Block) -> dict[str, Any]:
+    """Return what a block is allowed that others are not."""
+    excused = [block.options.warns.partition(":")[0].strip()] if block.options.warns else []
+    return {"network": bool(block.options.network), "warns": excused}
 
 
 def names_read(block: Block) -> list[str]:
@@ -358,6 +385,7 @@ def copy_job(site: Site, text: str, split: int, block: Block, folder: Path) -> d
         "program": text,
         "root": str(site.root),
         "packages": list(site.packages),
+        "offline": True,
         "blocks": [
             {
                 "index": block.index,
@@ -365,6 +393,7 @@ def copy_job(site: Site, text: str, split: int, block: Block, folder: Path) -> d
                 "code": text,
                 "kind": "code",
                 "reads": names_read(block),
+                **_allowances(block),
                 "raises": block.options.raises,
                 "timeout": PAGE_TIMEOUT,
                 "split": split,

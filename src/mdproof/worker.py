@@ -21,6 +21,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -31,12 +32,17 @@ from typing import Any
 
 from mdproof import figures
 from mdproof.fingerprint import fingerprint
+from mdproof.guard import CLOSED, NetworkGuard, leave_network, refusal
 from mdproof.meanings import Meanings
 from mdproof.names import read_program
 from mdproof.reach import Recorder, audit_files
+from mdproof.watch import adopt_orphans, end_descendants
 
 OUTPUT_LIMIT = 100_000
 """Characters that one block may print."""
+
+
+_FADING = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
 class _FailedError(Exception):
@@ -63,6 +69,7 @@ class Page:
         if "log" in job:
             self.recorder = Recorder(Path(job["root"]), self.packages, Path(job["log"]))
             audit_files(self.recorder.root, self.recorder.opened)
+        self.guard = NetworkGuard() if job.get("offline") else None
         self._told: set[str] = set()
         self.state: dict[str, str] = {}
         self.launches: list[Any] | None = None
@@ -90,7 +97,15 @@ class Page:
         value_text = ""
         mark = 0
         self.meanings = self._meanings(block)
-        with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(out):
+        told = _Output()
+        if self.guard is not None:
+            self.guard.allowed = bool(block.get("network"))
+            self.guard.attempts.clear()
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(told),
+        ):
             warnings.simplefilter("default")
             warnings.simplefilter("ignore", ResourceWarning)  # as Python itself does
             try:
@@ -109,6 +124,7 @@ class Page:
         if error is None or _expected(error, block):
             printed = len(text) + len(value_text)
             error = self._complain(caught, printed, _printed_past()[len(past) :], block) or error
+            error = self._overstepped(told, block) or error
         if text:
             outputs.append({"type": "stdout", "text": text})
         if value_text:
@@ -255,13 +271,31 @@ class Page:
                 warning.filename.startswith(root)
                 and f"{os.sep}site-packages{os.sep}" not in warning.filename
             )
-            if ours:
+            # What is to go away breaks the page one day, whoever's code it is in.
+            fading = issubclass(warning.category, _FADING)
+            excused = warning.category.__name__ in block.get("warns", ())
+            if (ours or fading) and not excused:
                 text = f"{warning.category.__name__}: {warning.message}"
                 explained = self._explain(_FailedError(f"warns: {' '.join(text.split())}"), block)
                 if warning.filename == self.file:
                     explained["line"] = warning.lineno
                 return explained
         return None
+
+    def _overstepped(self, told: io.StringIO, block: dict[str, Any]) -> dict[str, Any] | None:
+        """Turn what a block must not do, and did without an error, into a failure."""
+        message = ""
+        if self.guard is not None and self.guard.attempts and not block.get("network"):
+            message = refusal(self.guard.attempts[0])
+        text = "" if told.closed else told.getvalue().strip()
+        if text and "stderr" not in block.get("warns", ()):
+            message = f"writes to sys.stderr: {text.splitlines()[0][:80]!r}"
+        if block is self.job["blocks"][-1]:
+            left = [t for t in threading.enumerate() if not t.daemon]
+            names = [t.name for t in left if t is not threading.main_thread()]
+            if names:
+                message = f"leaves a thread running: {names[0]}"
+        return self._explain(_FailedError(message), block) if message else None
 
     def _reached(self) -> dict[str, list[str]]:
         """Return what of the repository the page has used so far, and what it entered newly."""
@@ -418,13 +452,20 @@ def _child(job: dict[str, Any], channel: int, stderr: int) -> None:
 
     os.register_at_fork(after_in_child=print_past)
 
+    token = job.pop("token", "")  # a block that writes into the channel does not know it
+
     def say(**event: Any) -> None:
+        event["token"] = token
         data = (json.dumps(event, ensure_ascii=False) + "\n").encode(errors="replace")
         while data:
             data = data[os.write(channel, data) :]
 
     with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
         os.chdir(folder)
+        if job.get("offline"):
+            os.environ[CLOSED] = "1"
+            if not any(block.get("network") for block in job["blocks"]):
+                leave_network()
         if job["memory"]:
             _limit_memory(job["memory"])
         sys.argv = [job["file"]]
@@ -443,9 +484,15 @@ def _expected(error: dict[str, Any], block: dict[str, Any]) -> bool:
     return bool(block.get("raises")) and block["raises"] in error["kinds"]
 
 
+def _announce(channel: int, job: dict[str, Any], **event: Any) -> None:
+    event["token"] = job.get("token", "")
+    os.write(channel, json.dumps(event).encode() + b"\n")
+
+
 def serve(libraries: list[str]) -> None:
     """Read jobs until standard input closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever gives the jobs ends them
+    adopt_orphans()
     channel = os.dup(1)
     os.dup2(2, 1)
     for name in libraries:
@@ -465,12 +512,13 @@ def serve(libraries: list[str]) -> None:
             finally:
                 os._exit(status)
         os.close(stderr)
-        os.write(channel, json.dumps({"event": "forked", "pid": pid}).encode() + b"\n")
+        _announce(channel, job, event="forked", pid=pid)
         _, status = os.waitpid(pid, 0)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)  # what the page left running
+        end_descendants(os.getpid())  # and what has left its group
         code = os.waitstatus_to_exitcode(status)
-        os.write(channel, json.dumps({"event": "exit", "status": code}).encode() + b"\n")
+        _announce(channel, job, event="exit", status=code)
 
 
 if __name__ == "__main__":

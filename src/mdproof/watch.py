@@ -1,0 +1,78 @@
+"""The processes of a page: how many there are, how much memory they hold, and their end."""
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+PROCESSES = 200
+"""Processes that a page may have at one time."""
+
+_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever the processes started from here leave behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of a process behind its name: state, parent, group, session, ..."""
+    text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    return text.rpartition(")")[2].split()
+
+
+def descendants(root: int) -> dict[int, int]:
+    """Return the processes that come from one, and the bytes of memory that each holds."""
+    parents: dict[int, int] = {}
+    resident: dict[int, int] = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                fields = _stat(int(name))
+                if fields[0] != "Z":
+                    parents[int(name)] = int(fields[1])
+                    resident[int(name)] = int(fields[21]) * resource.getpagesize()
+    found: dict[int, int] = {}
+    grown = {root}
+    while grown:
+        grown = {pid for pid, parent in parents.items() if parent in grown and pid not in found}
+        found |= {pid: resident[pid] for pid in grown}
+    return found
+
+
+def excess(job: int, memory: int) -> str:
+    """Return what a page has too much of, "" if it keeps within its limits.
+
+    Args:
+        job: The page's process.
+        memory: MiB that the processes it starts may hold together.
+    """
+    with contextlib.suppress(OSError):
+        found = descendants(job)
+        if len(found) > PROCESSES:
+            return f"starts more than {PROCESSES} processes"
+        if sum(found.values()) > memory << 20:
+            return f"its processes need more memory than the limit of {memory} MiB"
+    return ""
+
+
+def end_descendants(root: int, *, patience: float = 5.0) -> None:
+    """Kill everything that comes from a process, and not the process itself, until none is left."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            found = descendants(root)
+            if not found:
+                return
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.001)
