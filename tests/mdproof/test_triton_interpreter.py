@@ -246,6 +246,14 @@ def test_reductions_of_half_precision_round_at_each_step(op, dtype):
     assert torch.equal(out.reshape(expected.shape), expected)
 
 
+@pytest.mark.parametrize("op", ["sum", "argmax", "cumsum"])
+def test_a_reduction_of_fp8_is_refused(op):
+    x = torch.ones(128).to(torch.float8_e5m2)
+    message = r"a reduction of fp8e5: GPUs have none; convert with \.to\(tl\.float32\)\."
+    with pytest.raises(InterpreterError, match=message):
+        kernels.reduction[(1,)](x, x.clone(), OP=op, BLOCK=128)
+
+
 def test_a_sum_in_bfloat16_loses_what_a_gpu_loses():
     x = torch.full((128,), 0.5, dtype=BF16)
     x[0] = 256  # the next bfloat16 is 258

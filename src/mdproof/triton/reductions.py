@@ -22,6 +22,12 @@ def _is_half(value: Any) -> bool:
     return value.dtype.scalar in (tl.bfloat16, tl.float16)
 
 
+def _refuse_fp8(value: Any) -> None:
+    if value.dtype.scalar in (tl.float8e4nv, tl.float8e5):
+        name = value.dtype.scalar.name
+        raise TypeError(f"a reduction of {name}: GPUs have none; convert with .to(tl.float32).")
+
+
 def _round(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
     """Round float32 to a half format, and return it in float32."""
     if dtype == tl.float16:
@@ -69,6 +75,7 @@ def reduce(method: Any) -> Any:
     @functools.wraps(method)
     def wrapped(self: Any, inputs: Any) -> Any:
         first = inputs[0]
+        _refuse_fp8(first)
         if self.combine_fn is tl.standard._sum_combine and _is_half(first):
             return _sum(self, first)
         choices = [getattr(tl.standard, name, None) for name in _CHOICES]
@@ -93,6 +100,7 @@ def scan(method: Any) -> Any:
     @functools.wraps(method)
     def wrapped(self: Any, inputs: Any) -> Any:
         value = inputs[0]
+        _refuse_fp8(value)
         found = [op for name, op in steps.items() if self.combine_fn is getattr(tl.standard, name)]
         if value.dtype.scalar != tl.bfloat16 or not found:
             return method(self, inputs)
