@@ -244,6 +244,8 @@ def _sources(site: Site) -> Iterator[tuple[Path, bool]]:
         for package in site.packages:
             for file in sorted((root / package).rglob("*.py")):
                 yield file, False
+    for file in sorted((site.root / "examples").rglob("*.py")):
+        yield file, False
     for folder in site.settings.get("tests", ("tests",)):
         for file in sorted((site.root / folder).rglob("*.py")):
             yield file, True

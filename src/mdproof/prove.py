@@ -51,9 +51,20 @@ class Servers:
 
     def __init__(self, site: Site, device: Device | None = None) -> None:
         self.site = site
-        self.device = device or find_device(site.preload)
         self.told: Callable[[], None] | None = None  # called whenever a block is done
+        self._device: list[Device | None] = [device] if device is not None else []
         self._open: dict[tuple[bool, int], Server] = {}
+
+    @property
+    def device(self) -> Device | None:
+        """This machine's accelerator, looked for when it is first asked for."""
+        if not self._device:
+            self._device.append(find_device(self.site.preload))
+        return self._device[0]
+
+    @device.setter
+    def device(self, device: Device | None) -> None:
+        self._device = [device]
 
     def run(self, job: dict[str, Any], *, hash_seed: int = 0) -> list[Ran]:
         """Run a job in the worker that suits its imports."""
@@ -71,8 +82,8 @@ class Servers:
         for server in self._open.values():
             server.close()
         self._open.clear()
-        if self.device is not None:
-            self.device.close()
+        for device in filter(None, self._device):
+            device.close()
 
 
 def _imports(code: str) -> set[str]:

@@ -259,6 +259,10 @@ def test_a_module_that_cites_an_equation_in_its_docstring_is_named(root):
             {"docs/b.md": "x", "tests/test_new.py": 'def test_x():\n    """Of (eq:zzz)."""\n'},
             "tests/test_new.py:2: no equation is labelled eq:zzz",
         ),
+        (
+            {"docs/b.md": "x", "examples/run.py": "x = 1\n\n# (eq:zzz)\n"},
+            "examples/run.py:3: no equation is labelled eq:zzz",
+        ),
     ],
 )
 def test_a_label_that_is_unknown_or_used_twice_is_an_error_with_its_place(root, files, error):

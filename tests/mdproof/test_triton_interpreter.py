@@ -208,6 +208,60 @@ def test_a_fused_multiply_add_of_bfloat16_rounds_once():
         assert Fraction(result) == round(exact / quantum) * quantum  # halves go to the even
 
 
+def tree(x: torch.Tensor) -> torch.Tensor:
+    """Add halves until one number is left, in the dtype of x."""
+    while x.shape[-1] > 1:
+        first, second = x.chunk(2, -1)
+        x = first + second
+    return x[..., 0]
+
+
+def steps(x: torch.Tensor, op) -> torch.Tensor:
+    out = [x[0]]
+    for value in x[1:]:
+        out.append(op(out[-1], value))
+    return torch.stack(out)
+
+
+REDUCTIONS = {
+    "sum": tree,
+    "sum of rows": lambda x: tree(x.reshape(4, -1)),
+    "argmax": lambda x: x.argmax().int(),
+    "argmin": lambda x: x.argmin().int(),
+    "max": lambda x: x.max(),
+    "cumsum": lambda x: steps(x, torch.add),
+    "cumsum from behind": lambda x: steps(x.flip(0), torch.add).flip(0),
+    "cumprod": lambda x: steps(x, torch.mul),
+    "sort": lambda x: x.sort().values,
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("op", REDUCTIONS)
+def test_reductions_of_half_precision_round_at_each_step(op, dtype):
+    x = torch.randn(128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = REDUCTIONS[op](x)
+    out = torch.zeros(expected.shape or (1,), dtype=expected.dtype)
+    kernels.reduction[(1,)](x, out, OP=op, BLOCK=128)
+    assert torch.equal(out.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("op", ["sum", "argmax", "cumsum"])
+def test_a_reduction_of_fp8_is_refused(op):
+    x = torch.ones(128).to(torch.float8_e5m2)
+    message = r"a reduction of fp8e5: GPUs have none; convert with \.to\(tl\.float32\)\."
+    with pytest.raises(InterpreterError, match=message):
+        kernels.reduction[(1,)](x, x.clone(), OP=op, BLOCK=128)
+
+
+def test_a_sum_in_bfloat16_loses_what_a_gpu_loses():
+    x = torch.full((128,), 0.5, dtype=BF16)
+    x[0] = 256  # the next bfloat16 is 258
+    out = torch.zeros(1, dtype=BF16)
+    kernels.reduction[(1,)](x, out, OP="sum", BLOCK=128)
+    assert (out.item(), x.double().sum().item()) == (318.0, 319.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_arithmetic_on_fp8_is_refused_as_the_compiler_refuses_it(dtype, compiled):
     x = torch.ones(256).to(dtype)

@@ -250,3 +250,27 @@ def scaled_product(a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, c_ptr, N: tl.constexp
     b_scale = tl.load(b_scale_ptr + n[:, None] * (K // 32) + g[None, :])
     c = tl.dot_scaled(a, a_scale, "e4m3", b, b_scale, "e4m3")
     tl.store(c_ptr + n[:, None] * N + n[None, :], c)
+
+
+@triton.jit
+def reduction(x_ptr, y_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + o)
+    if OP == "sum":
+        tl.store(y_ptr, tl.sum(x, 0))
+    elif OP == "sum of rows":
+        tl.store(y_ptr + tl.arange(0, 4), tl.sum(tl.reshape(x, [4, BLOCK // 4]), 1))
+    elif OP == "argmax":
+        tl.store(y_ptr, tl.argmax(x, 0))
+    elif OP == "argmin":
+        tl.store(y_ptr, tl.argmin(x, 0))
+    elif OP == "max":
+        tl.store(y_ptr, tl.max(x, 0))
+    elif OP == "cumsum":
+        tl.store(y_ptr + o, tl.cumsum(x, 0))
+    elif OP == "cumsum from behind":
+        tl.store(y_ptr + o, tl.cumsum(x, 0, reverse=True))
+    elif OP == "cumprod":
+        tl.store(y_ptr + o, tl.cumprod(x, 0))
+    else:
+        tl.store(y_ptr + o, tl.sort(x))

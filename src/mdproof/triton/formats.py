@@ -1,8 +1,11 @@
 """Number formats that numpy lacks: bits, and rounding into them as torch and the hardware do."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 
 TORCH = {
     tl.float8e4nv: torch.float8_e4m3fn,
@@ -67,3 +70,23 @@ def fma_bf16(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     lost = np.isfinite(total) & (error != 0)
     bits = total.view(np.uint64) - (lost & (np.sign(error) != np.sign(total))).astype(np.uint64)
     return round_to_odd(np.where(lost, bits | np.uint64(1), bits).view(np.float64))
+
+
+def is_of(value: Any, *dtypes: tl.dtype) -> bool:
+    """Tell whether a value is held by the interpreter in one of these formats."""
+    return isinstance(value, interpreter.TensorHandle) and value.dtype.scalar in dtypes
+
+
+def widen(value: Any) -> Any:
+    """Return bfloat16 as float32, and anything else as it is."""
+    if not is_of(value, tl.bfloat16):
+        return value
+    bits = np.asarray(value.data).astype(np.uint32) << np.uint32(16)
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def narrow(value: Any) -> Any:
+    """Return float32 as bfloat16, and anything else as it is."""
+    if value.data.dtype != np.float32:  # a comparison gives booleans
+        return value
+    return interpreter.TensorHandle(round_bits(value.data, tl.float32, tl.bfloat16), tl.bfloat16)

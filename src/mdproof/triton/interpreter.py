@@ -10,6 +10,7 @@ takes as tf32 is exact. `install` replaces all of this:
   saturates, as the hardware's `cvt.rn.satfinite` does;
 - `tl.dot` with `input_precision="tf32"`, the default for float32, sees 10 bits of each mantissa;
 - what overflows becomes an infinity without a warning of numpy;
+- sums, scans and extrema of bfloat16 and float16 round at each step (`mdproof.triton.reductions`);
 - elementwise functions of libdevice are torch's functions of the same name;
 - what a GPU cannot do either (arithmetic on fp8 before a cast, float64 to fp8) is refused instead
   of being done on bits, and so is what only a GPU can do (inline assembly).
@@ -29,32 +30,19 @@ from triton.language.extra import libdevice
 from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime import interpreter
 
+from mdproof.triton import reductions
 from mdproof.triton.formats import (
     AS_BITS,
     TORCH,
     fma_bf16,
+    is_of,
+    narrow,
     round_bits,
     round_to_odd,
     to_bits,
     to_torch,
+    widen,
 )
-
-
-def _is(value: Any, *dtypes: tl.dtype) -> bool:
-    return isinstance(value, interpreter.TensorHandle) and value.dtype.scalar in dtypes
-
-
-def _widen(value: Any) -> Any:
-    if not _is(value, tl.bfloat16):
-        return value
-    bits = np.asarray(value.data).astype(np.uint32) << np.uint32(16)
-    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-
-def _narrow(value: Any) -> Any:
-    if value.data.dtype != np.float32:  # a comparison gives booleans
-        return value
-    return interpreter.TensorHandle(round_bits(value.data, tl.float32, tl.bfloat16), tl.bfloat16)
 
 
 def _truncate_to_tf32(value: Any) -> Any:
@@ -71,14 +59,14 @@ def _arithmetic(method: Any) -> Any:
         if args[-1] is np.where:  # a choice moves bits
             return method(self, *args)
         for arg in args:
-            if _is(arg, tl.float8e4nv, tl.float8e5):
+            if is_of(arg, tl.float8e4nv, tl.float8e5):
                 name = arg.dtype.scalar.name
                 raise TypeError(
                     f"arithmetic on {name}: GPUs have none; convert with .to(tl.float32) first."
                 )
-        if not any(_is(arg, tl.bfloat16) for arg in args):
+        if not any(is_of(arg, tl.bfloat16) for arg in args):
             return method(self, *args)
-        return _narrow(method(self, *[_widen(arg) for arg in args]))
+        return narrow(method(self, *[widen(arg) for arg in args]))
 
     return wrapped
 
@@ -86,10 +74,10 @@ def _arithmetic(method: Any) -> Any:
 def _fma(method: Any) -> Any:
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any) -> Any:
-        if not all(_is(arg, tl.bfloat16) for arg in args):
+        if not all(is_of(arg, tl.bfloat16) for arg in args):
             return method(self, *args)
-        x, y, z = np.broadcast_arrays(*(_widen(arg).data for arg in args))
-        return _narrow(interpreter.TensorHandle(fma_bf16(x, y, z), tl.float32))
+        x, y, z = np.broadcast_arrays(*(widen(arg).data for arg in args))
+        return narrow(interpreter.TensorHandle(fma_bf16(x, y, z), tl.float32))
 
     return wrapped
 
@@ -97,12 +85,12 @@ def _fma(method: Any) -> Any:
 def _dot(method: Any) -> Any:
     @functools.wraps(method)
     def wrapped(self: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
-        a, b = _widen(a), _widen(b)
+        a, b = widen(a), widen(b)
         both = a.data.dtype == b.data.dtype == np.float32
-        if both and precision == ir.INPUT_PRECISION.TF32 and _is(a, tl.float32):
+        if both and precision == ir.INPUT_PRECISION.TF32 and is_of(a, tl.float32):
             a, b = _truncate_to_tf32(a), _truncate_to_tf32(b)
-        if _is(d, tl.bfloat16):
-            return _narrow(method(self, a, b, _widen(d), precision, *rest))
+        if is_of(d, tl.bfloat16):
+            return narrow(method(self, a, b, widen(d), precision, *rest))
         return method(self, a, b, d, precision, *rest)
 
     return wrapped
@@ -135,7 +123,7 @@ def _atomic(method: Any) -> Any:
 
     @functools.wraps(method)
     def wrapped(self: Any, op: Any, ptr: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        if not _is(value, tl.bfloat16) or op == ir.ATOMIC_OP.XCHG:
+        if not is_of(value, tl.bfloat16) or op == ir.ATOMIC_OP.XCHG:
             return method(self, op, ptr, value, mask, *rest)
         pointers, bits, keep = np.broadcast_arrays(ptr.data, value.data, mask.data)
         before = np.zeros(pointers.shape, np.uint16)
@@ -233,6 +221,8 @@ def install() -> None:
     for name, function in vars(cuda_libdevice).items():
         if tl.core.is_builtin(function) and hasattr(libdevice, name):
             setattr(libdevice, name, _with_semantic(function))  # a stub that returns None
+    interpreter.ReduceOps.apply_impl = reductions.reduce(interpreter.ReduceOps.apply_impl)
+    interpreter.ScanOps.apply_impl = reductions.scan(interpreter.ScanOps.apply_impl)
     executor = interpreter.GridExecutor
     executor.__call__ = _without_warnings(executor.__call__)
     interpreter._mdproof_installed = True
