@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.util
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,8 @@ class Progress:
             copies = max(0, self._count - self._blocks)
             count += f", {copies} copies" if copies else ""
             text = f"{self._number(self.done + 1)} {self._page}: {count}, {seconds:.0f} s"
-            self._stream.write(f"\r\x1b[K{text}")
+            columns = shutil.get_terminal_size().columns  # a line that wraps cannot be taken back
+            self._stream.write(f"\r\x1b[K{text[: columns - 1]}")
             self._stream.flush()
 
     def _number(self, number: int) -> str:

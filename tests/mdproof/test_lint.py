@@ -214,6 +214,18 @@ def test_without_pyrefly_the_command_says_what_to_install(
     )
 
 
+def test_a_checker_that_fails_and_says_nothing_is_one_line(
+    sample: Sample, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = PYPROJECT + 'types = "pyrefly"\n\n[tool.pyrefly]\nproject-includes = 3\n'
+    (sample.root / "pyproject.toml").write_text(text, encoding="utf-8")
+    sample.write(FENCE.format("a = 1"))
+    assert cli.main(["lint"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pyrefly failed: ")
+    assert error.count("\n") == 1
+
+
 def test_the_pages_of_this_site_are_clean() -> None:
     site = load_site(Path(__file__).parents[2])
     assert lint_pages(site, site.pages()) == []
