@@ -11,7 +11,14 @@ from typing import Any
 from mdproof.block import Block
 from mdproof.collect import collect
 from mdproof.normal import digest, normalise
-from mdproof.proof import base_page, imported_modules, load_proof, used_libraries
+from mdproof.proof import (
+    Proof,
+    base_page,
+    imported_modules,
+    load_proof,
+    staleness,
+    used_libraries,
+)
 from mdproof.reference import find_source
 from mdproof.site import Site, load_site
 from mdproof.slicing import LEVELS, Statement, close, read_statements
@@ -187,6 +194,17 @@ def is_recorded(site: Site, blocks: Sequence[Block], record: Mapping[str, Any], 
         and original.sha256 == record["copy"]["sha256"]
         and normalise(original.text) == normalise(copy.text)
     )
+
+
+def stale_reasons(site: Site, blocks: Sequence[Block], proof: Proof | None) -> list[str]:
+    """Return for each block why its proof, or that of its copy, does not hold, "" where it does."""
+    reasons = staleness(site, blocks, proof)
+    for position, record in enumerate(proof.blocks[: len(blocks)] if proof else ()):
+        upto = blocks[: position + 1]
+        copy = recorded_copy(site, upto, record) if not reasons[position] else None
+        if copy is not None and not is_recorded(site, upto, record, copy):
+            reasons[position] = "its runnable copy changed"
+    return reasons
 
 
 @functools.lru_cache(maxsize=64)

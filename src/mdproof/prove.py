@@ -13,7 +13,14 @@ from mdproof import figures
 from mdproof.block import Block
 from mdproof.collect import Collected, collect, shown
 from mdproof.compare import first_difference, images, same_figure
-from mdproof.copy import Copy, candidates, is_recorded, plain_code, recorded_copy
+from mdproof.copy import (
+    Copy,
+    candidates,
+    is_recorded,
+    plain_code,
+    recorded_copy,
+    stale_reasons,
+)
 from mdproof.errors import PageError
 from mdproof.proof import (
     Proof,
@@ -27,7 +34,6 @@ from mdproof.proof import (
     load_proof,
     locked_versions,
     save_proof,
-    staleness,
     used_libraries,
     write_text,
 )
@@ -154,7 +160,7 @@ def open_page(
     """
     collected = collected or collect(site, page)
     proof = load_proof(site, page)
-    return PageRun(site, collected, servers, proof, staleness(site, collected.blocks, proof))
+    return PageRun(site, collected, servers, proof, stale_reasons(site, collected.blocks, proof))
 
 
 def check_block(run: PageRun, block: Block) -> Failure | None:

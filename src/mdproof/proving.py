@@ -1,7 +1,6 @@
 """`mdproof prove`: prove pages that are stale, one after another or several at a time."""
 
 import multiprocessing
-import multiprocessing.util
 import shutil
 import sys
 import time
@@ -137,10 +136,9 @@ _prover: Prover | None = None
 
 
 def _begin(config: str, everything: bool) -> None:
-    """Make a process of the pool ready; its workers end with it."""
+    """Make a process of the pool ready; its workers read its end and end with it."""
     global _prover
     _prover = Prover(load_site(Path(config)), everything)
-    multiprocessing.util.Finalize(None, _prover.servers.close, exitpriority=10)
 
 
 def _prove_in_pool(page: str) -> PageResult | None:

@@ -90,6 +90,10 @@ def test_an_import_that_no_block_uses_is_an_error_in_its_own_line(sample: Sample
 def test_the_imports_of_each_block_are_sorted_by_themselves(sample: Sample) -> None:
     good = FENCE.format("import sys") + FENCE.format("import os\n\n\ndef f():\n    return os, sys")
     assert lint(sample, good) == []
+    text = FENCE.format("import abc") + FENCE.format("import sys\nimport os\n\nprint(abc, os, sys)")
+    assert lint(sample, text) == [
+        "docs/page.md:5:1: I001 Import block is un-sorted or un-formatted"
+    ]
     wrong = FENCE.format("import sys\nimport os\n\nprint(os, sys)")
     assert lint(sample, wrong) == [
         "docs/page.md:2:1: I001 Import block is un-sorted or un-formatted"
