@@ -85,7 +85,7 @@ def _object_closure(site: Site, block: Block) -> tuple[list[str], str]:
     module = source.file.read_text(encoding="utf-8")
     statements = [
         statement
-        for statement in read_statements(module, 0)
+        for statement in _statements(module, 0)
         if not (
             isinstance(statement.node, ast.Expr) and isinstance(statement.node.value, ast.Constant)
         )
@@ -116,7 +116,7 @@ def _join(texts: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _statements(code: str, block: int) -> tuple[Statement, ...]:
-    """Return a block's statements, read once for all the blocks below it."""
+    """Return the statements of a block or a module, read once for all the copies that need them."""
     return tuple(read_statements(code, block))
 
 
@@ -140,8 +140,8 @@ def build_copy(
         earlier: list[Statement] = []
         for other in blocks[:-1]:
             if not other.options.norun and not other.options.raises:
-                earlier += _statements(plain_code(other), other.index)
-        prelude = close(earlier, read_statements(body, block.index), level=level)
+                earlier += _statements(plain_code(other).rstrip("\n"), other.index)
+        prelude = close(earlier, _statements(body, block.index), level=level)
     future = [text for text in prelude if _FUTURE.match(text)]
     prelude = [*dict.fromkeys(future), *(text for text in prelude if text not in future)]
     above = top + ("\n" + _join(prelude) if prelude else "")
