@@ -5,7 +5,7 @@ import ast
 from mdproof.block import Block
 from mdproof.reference import find_source
 from mdproof.site import Site
-from mdproof.slicing import close, read_statements
+from mdproof.slicing import cached_statements, close
 
 
 def object_closure(site: Site, block: Block) -> tuple[list[str], str]:
@@ -14,7 +14,7 @@ def object_closure(site: Site, block: Block) -> tuple[list[str], str]:
     module = source.file.read_text(encoding="utf-8")
     statements = [
         statement
-        for statement in read_statements(module, 0)
+        for statement in cached_statements(module, 0)
         if not (
             isinstance(statement.node, ast.Expr) and isinstance(statement.node.value, ast.Constant)
         )

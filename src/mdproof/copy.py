@@ -11,9 +11,16 @@ from mdproof.block import Block
 from mdproof.closure import object_closure
 from mdproof.collect import collect
 from mdproof.normal import digest, normalise
-from mdproof.proof import base_page, imported_modules, load_proof, used_libraries
+from mdproof.proof import (
+    Proof,
+    base_page,
+    imported_modules,
+    load_proof,
+    staleness,
+    used_libraries,
+)
 from mdproof.site import Site, load_site
-from mdproof.slicing import LEVELS, Statement, close, read_statements
+from mdproof.slicing import LEVELS, Statement, cached_statements, close
 
 _HEADER = {
     "zh": "# {site} · {page} · 第 {block} 段\n# {versions}\n",
@@ -80,12 +87,6 @@ def _join(texts: Sequence[str]) -> str:
     return out
 
 
-@functools.lru_cache(maxsize=1024)
-def _statements(code: str, block: int) -> tuple[Statement, ...]:
-    """Return a block's statements, read once for all the blocks below it."""
-    return tuple(read_statements(code, block))
-
-
 def build_copy(
     site: Site, blocks: Sequence[Block], *, level: str, libraries: dict[str, str]
 ) -> Copy:
@@ -106,8 +107,8 @@ def build_copy(
         earlier: list[Statement] = []
         for other in blocks[:-1]:
             if not other.options.norun and not other.options.raises:
-                earlier += _statements(plain_code(other), other.index)
-        prelude = close(earlier, read_statements(body, block.index), level=level)
+                earlier += cached_statements(plain_code(other).rstrip("\n"), other.index)
+        prelude = close(earlier, cached_statements(body, block.index), level=level)
     future = [text for text in prelude if _FUTURE.match(text)]
     prelude = [*dict.fromkeys(future), *(text for text in prelude if text not in future)]
     above = top + ("\n" + _join(prelude) if prelude else "")
@@ -162,13 +163,15 @@ def is_recorded(site: Site, blocks: Sequence[Block], record: Mapping[str, Any], 
     )
 
 
-def copy_holds(site: Site, blocks: Sequence[Block], record: Mapping[str, Any]) -> bool:
-    """Tell whether the copy button would give the program that was run alone.
-
-    A comment that changed does not make a proof stale, but the copy holds the comment.
-    """
-    copy = recorded_copy(site, blocks, record)
-    return copy is None or is_recorded(site, blocks, record, copy)
+def stale_reasons(site: Site, blocks: Sequence[Block], proof: Proof | None) -> list[str]:
+    """Return for each block why its proof, or that of its copy, does not hold, "" where it does."""
+    reasons = staleness(site, blocks, proof)
+    for position, record in enumerate(proof.blocks[: len(blocks)] if proof else ()):
+        upto = blocks[: position + 1]
+        copy = recorded_copy(site, upto, record) if not reasons[position] else None
+        if copy is not None and not is_recorded(site, upto, record, copy):
+            reasons[position] = "its runnable copy changed"
+    return reasons
 
 
 @functools.lru_cache(maxsize=64)

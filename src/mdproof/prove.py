@@ -13,7 +13,14 @@ from mdproof import figures
 from mdproof.block import Block
 from mdproof.collect import Collected, collect, shown
 from mdproof.compare import first_difference, images, same_figure
-from mdproof.copy import Copy, candidates, copy_holds, is_recorded, plain_code, recorded_copy
+from mdproof.copy import (
+    Copy,
+    candidates,
+    is_recorded,
+    plain_code,
+    recorded_copy,
+    stale_reasons,
+)
 from mdproof.device import Device, check_way, outdated, ways_of
 from mdproof.device_run import run_on_device
 from mdproof.errors import PageError
@@ -32,7 +39,6 @@ from mdproof.proof import (
     load_proof,
     locked_versions,
     save_proof,
-    staleness,
     used_libraries,
     write_text,
 )
@@ -134,9 +140,6 @@ class PageRun:
         """Whether nothing is left to prove here, on the device of this machine neither."""
         if self.proof is None or any(self.stale):
             return False
-        for position, record in enumerate(self.proof.blocks):
-            if not copy_holds(self.site, self.blocks[: position + 1], record):
-                return False
         device = self.servers.device
         return device is None or not any(
             _launches(record)
@@ -197,7 +200,7 @@ def open_page(
     """
     collected = collected or collect(site, page)
     proof = load_proof(site, page)
-    return PageRun(site, collected, servers, proof, staleness(site, collected.blocks, proof))
+    return PageRun(site, collected, servers, proof, stale_reasons(site, collected.blocks, proof))
 
 
 def check_block(run: PageRun, block: Block) -> Failure | None:

@@ -1,7 +1,7 @@
 """`mdproof prove`: prove pages that are stale, one after another or several at a time."""
 
 import multiprocessing
-import multiprocessing.util
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +48,8 @@ class Progress:
             copies = max(0, self._count - self._blocks)
             count += f", {copies} copies" if copies else ""
             text = f"{self._number(self.done + 1)} {self._page}: {count}, {seconds:.0f} s"
-            self._stream.write(f"\r\x1b[K{text}")
+            columns = shutil.get_terminal_size().columns  # a line that wraps cannot be taken back
+            self._stream.write(f"\r\x1b[K{text[: columns - 1]}")
             self._stream.flush()
 
     def _number(self, number: int) -> str:
@@ -135,10 +136,9 @@ _prover: Prover | None = None
 
 
 def _begin(config: str, everything: bool) -> None:
-    """Make a process of the pool ready; its workers end with it."""
+    """Make a process of the pool ready; its workers read its end and end with it."""
     global _prover
     _prover = Prover(load_site(Path(config)), everything)
-    multiprocessing.util.Finalize(None, _prover.servers.close, exitpriority=10)
 
 
 def _prove_in_pool(page: str) -> PageResult | None:

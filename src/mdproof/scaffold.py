@@ -79,6 +79,12 @@ def floors(site: Site, room: str) -> list[str]:
     """Return which floors an article of this wing has."""
     given = site.settings.get("floors")
     if given is not None:
+        unknown = [repr(floor) for floor in given if floor not in FLOORS]
+        if unknown:
+            known = ", ".join(FLOORS)
+            raise ScaffoldError(f"[tool.mdproof] floors names {unknown[0]}; known are: {known}")
+        if given != ["page"] and not (site.packages and site.source):
+            raise ScaffoldError("[tool.mdproof] floors: a module needs `source` and `packages`")
         return [floor for floor in FLOORS if floor in given]
     found = ["page"]
     if site.packages and site.source and "/" in room:

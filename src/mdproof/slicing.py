@@ -11,6 +11,7 @@ names that the block reads stand for; a level that fails gives way to the next.
 
 import ast
 import builtins
+import functools
 import symtable
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -404,6 +405,12 @@ def read_statements(code: str, block: int) -> list[Statement]:
             )
         )
     return found
+
+
+@functools.lru_cache(maxsize=2048)
+def cached_statements(code: str, block: int) -> tuple[Statement, ...]:
+    """Split a block as `read_statements` does, once."""
+    return tuple(read_statements(code, block))
 
 
 @dataclass

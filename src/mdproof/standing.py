@@ -8,9 +8,9 @@ from markdown import Markdown
 
 from mdproof.block import Block, excuses
 from mdproof.collect import collect
-from mdproof.copy import copy_holds
+from mdproof.copy import stale_reasons
 from mdproof.errors import PageError
-from mdproof.proof import ForgedError, load_proof, staleness
+from mdproof.proof import ForgedError, load_proof
 from mdproof.site import Site
 
 
@@ -97,11 +97,8 @@ def read_standing(site: Site, page: str, md: Markdown | None = None) -> Standing
     except ForgedError as error:
         problem = str(error)
         return Standing(page, "forged", len(blocks), problem=problem, excuses=made)
-    reasons = staleness(site, blocks, proof)
+    reasons = stale_reasons(site, blocks, proof)
     records = proof.blocks if proof else []
-    for position, record in enumerate(records[: len(blocks)]):
-        if not reasons[position] and not copy_holds(site, blocks[: position + 1], record):
-            reasons[position] = "its runnable copy changed"
     stale = {block.index: why for block, why in zip(blocks, reasons, strict=True) if why}
     holds = [
         record

@@ -43,13 +43,14 @@ def run_tool(
         accepted: The exit codes that mean it did its work.
 
     Raises:
-        ToolError: If it ends in another way; with the last line that it wrote.
+        ToolError: If it ends in another way, or fails and says nothing; with what it wrote last.
     """
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         command, cwd=site.root, input=text.encode(), env=env, capture_output=True, check=False
     )
-    if result.returncode not in accepted:
+    silent = result.returncode != 0 and not result.stdout.strip()
+    if result.returncode not in accepted or silent:
         said = result.stderr.decode(errors="replace").split("\n")
         lines = [" ".join(line.split()) for line in said if line.strip()]
         why = "; ".join(lines[:3]) or f"exit code {result.returncode}"

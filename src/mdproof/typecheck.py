@@ -47,8 +47,8 @@ def check_types(site: Site, pages: Sequence[str]) -> list[Finding]:
         text = run_tool(site, [*_command(site, pyrefly), *map(str, programs)])
     findings: list[Finding] = []
     for error in json.loads(text)["errors"]:
-        program = programs[(site.root / error["path"]).resolve()]
-        finding = _read(site, program, error)
+        program = programs.get((site.root / error["path"]).resolve())
+        finding = _read(site, program, error) if program is not None else None
         if finding is not None and not _is_ignored(site, finding):
             findings.append(finding)
     return sorted(findings)

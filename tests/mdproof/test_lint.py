@@ -90,6 +90,10 @@ def test_an_import_that_no_block_uses_is_an_error_in_its_own_line(sample: Sample
 def test_the_imports_of_each_block_are_sorted_by_themselves(sample: Sample) -> None:
     good = FENCE.format("import sys") + FENCE.format("import os\n\n\ndef f():\n    return os, sys")
     assert lint(sample, good) == []
+    text = FENCE.format("import abc") + FENCE.format("import sys\nimport os\n\nprint(abc, os, sys)")
+    assert lint(sample, text) == [
+        "docs/page.md:5:1: I001 Import block is un-sorted or un-formatted"
+    ]
     wrong = FENCE.format("import sys\nimport os\n\nprint(os, sys)")
     assert lint(sample, wrong) == [
         "docs/page.md:2:1: I001 Import block is un-sorted or un-formatted"
@@ -212,6 +216,18 @@ def test_without_pyrefly_the_command_says_what_to_install(
     assert capsys.readouterr().err == (
         "`mdproof lint` with types needs pyrefly, which is not installed: pip install pyrefly\n"
     )
+
+
+def test_a_checker_that_fails_and_says_nothing_is_one_line(
+    sample: Sample, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = PYPROJECT + 'types = "pyrefly"\n\n[tool.pyrefly]\nproject-includes = 3\n'
+    (sample.root / "pyproject.toml").write_text(text, encoding="utf-8")
+    sample.write(FENCE.format("a = 1"))
+    assert cli.main(["lint"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pyrefly failed: ")
+    assert error.count("\n") == 1
 
 
 def test_the_pages_of_this_site_are_clean() -> None:

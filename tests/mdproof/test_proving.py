@@ -70,8 +70,13 @@ def test_several_at_a_time_record_what_one_after_another_records(sample: Sample)
     assert [records(f"p{number}.md") for number in range(4)] == together
 
 
-def test_the_workers_of_the_pool_end_with_it(sample: Sample) -> None:
+def test_the_workers_of_the_pool_end_with_it_and_leave_no_files(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(sample)
+    scratch = sample.root / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     command = [sys.executable, "-m", "mdproof", "prove", "--jobs", "2"]
     done = subprocess.run(command, cwd=sample.root, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1].startswith("2 proven, 0 fresh, 2 failed in "), done.stderr
@@ -82,6 +87,7 @@ def test_the_workers_of_the_pool_end_with_it(sample: Sample) -> None:
         and b"mdproof" in _reads(path.parent / "cmdline")
     ]
     assert left == []
+    assert list(scratch.iterdir()) == []
 
 
 def _reads(path: Path) -> bytes:

@@ -106,6 +106,28 @@ def test_floors_can_be_chosen(building: Sample) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            PYPROJECT + 'floors = ["page", "cellar"]\n',
+            "[tool.mdproof] floors names 'cellar'; known are: page, module, test, reference",
+        ),
+        (
+            '[tool.mdproof]\nfloors = ["page", "test"]\n',
+            "[tool.mdproof] floors: a module needs `source` and `packages`",
+        ),
+    ],
+)
+def test_floors_that_cannot_be_built_are_refused(
+    building: Sample, settings: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (building.root / "pyproject.toml").write_text(settings, encoding="utf-8")
+    assert cli.main(["new", "articles/two", "--title", "Two"]) == 2
+    assert capsys.readouterr().err == message + "\n"
+    assert not (building.root / "docs/articles/two.md").exists()
+
+
+@pytest.mark.parametrize(
     "floor",
     [
         "docs/articles/two.md",

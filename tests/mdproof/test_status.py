@@ -85,6 +85,10 @@ def test_a_page_whose_copy_is_another_is_stale(sample: Sample) -> None:
     standing = read_standing(sample.site, "page.md")
     assert standing is not None
     assert standing.stale == {2: "its runnable copy changed"}
+    assert cli.main(["prove"]) == 0
+    standing = read_standing(sample.site, "page.md")
+    assert standing is not None
+    assert standing.state == "fresh"
 
 
 def test_json_is_for_programs(sample: Sample, capsys: pytest.CaptureFixture[str]) -> None:
