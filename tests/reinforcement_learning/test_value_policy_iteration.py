@@ -330,6 +330,18 @@ def test_truncation_to_one_sweep_is_value_iteration_and_to_many_policy_iteration
     assert_exact(many[1 : last + 1], run.values[:4])
 
 
+def test_truncation_converges_from_anywhere_for_a_constant_only_shifts_it():
+    mdp = random_mdp(15)
+    v_0 = torch.tensor([9.0, -4.0, 0.0, 30.0, -8.0, 2.0], dtype=torch.float64)
+    v = truncated_policy_iteration(mdp, v_0, n_sweeps=3, n_iterations=80)
+    low = truncated_policy_iteration(mdp, v_0 - 400.0, n_sweeps=3, n_iterations=80)
+    fading = 400.0 * 0.9 ** (3 * torch.arange(81, dtype=torch.float64))
+    assert_exact(v - low, fading[:, None].expand(-1, 6))
+    assert (optimality_update(mdp, low[0]) >= low[0]).all()
+    assert (low.diff(dim=0) >= -1e-12).all(), "from far below the values only rise"
+    assert (v[-1] - optimum(mdp)).abs().max() < 1e-8
+
+
 def test_rounds_to_a_millionth_are_the_counts_of_the_page():
     mdp = book_grid_world(r_forbidden=-1.0)
     v_star = optimum(mdp)
