@@ -21,6 +21,7 @@ from mdproof.skeleton import WHOLE, functions
 MARK = "__mdproof_entered__"
 """The global name, in a watched module, of what its functions call."""
 
+_open = open  # a page may put something else in its place
 _LOG, _ROOT, _PACKAGES = "MDPROOF_REACH", "MDPROOF_ROOT", "MDPROOF_PACKAGES"
 _HOOK = str(Path(__file__).parent / "child")
 
@@ -132,7 +133,7 @@ class Recorder:
 
     def collect(self) -> None:
         """Take in what other processes have reported since the last call."""
-        with contextlib.suppress(OSError), open(self._log, "rb") as stream:
+        with contextlib.suppress(OSError), _open(self._log, "rb") as stream:
             stream.seek(self._read)
             data = stream.read()
             whole = data[: data.rfind(b"\n") + 1]

@@ -63,16 +63,18 @@ def excess(job: int, memory: int) -> str:
 
 def end_descendants(root: int, *, patience: float = 5.0) -> None:
     """Kill everything that comes from a process, and not the process itself, until none is left."""
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
+    end, empty = time.monotonic() + patience, 0
+    while empty < 2 and time.monotonic() <= end:
+        found: dict[int, int] = {}
         with contextlib.suppress(OSError):
             found = descendants(root)
-            if not found:
-                return
-            for pid in found:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        time.sleep(0.001)
+        # One whose parent died while we looked belongs to nobody just then: look twice.
+        empty = 0 if found else empty + 1
+        if found:
+            time.sleep(0.001)

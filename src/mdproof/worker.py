@@ -453,12 +453,13 @@ def _child(job: dict[str, Any], channel: int, stderr: int) -> None:
     os.register_at_fork(after_in_child=print_past)
 
     token = job.pop("token", "")  # a block that writes into the channel does not know it
+    dumps, write = json.dumps, os.write  # a block may put others in their place
 
     def say(**event: Any) -> None:
         event["token"] = token
-        data = (json.dumps(event, ensure_ascii=False) + "\n").encode(errors="replace")
+        data = (dumps(event, ensure_ascii=False) + "\n").encode(errors="replace")
         while data:
-            data = data[os.write(channel, data) :]
+            data = data[write(channel, data) :]
 
     with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
         os.chdir(folder)
