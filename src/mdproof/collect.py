@@ -12,7 +12,8 @@ from mdproof.config import markdown_extensions
 from mdproof.errors import PageError
 from mdproof.site import Site, making_pipeline
 
-_FENCE = re.compile(r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t>]*(`{3,}|~{3,})")
+FENCE = re.compile(r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t>]*(`{3,}|~{3,})")
+"""What a reader takes for the first line of a fence."""
 
 
 @dataclass
@@ -148,29 +149,13 @@ def collect(site: Site, page: str, md: Markdown | None = None) -> Collected:
             raise PageError(
                 file, block.line, "this fence is not shown as code (indented, or commented out)"
             )
-    if visible.lost:
-        raise PageError(file, _lost(text), "this fence is not closed, or its options are malformed")
+    if visible.lost and state.left:
+        raise PageError(
+            file, state.left[0], "this fence is not closed, or its options are malformed"
+        )
     for language, line in state.listings:
-        if not language and site.settings.get("require_language", True):
+        if not language and site.settings.get("require_language", not site.lenient):
             raise PageError(
                 file, line, "a code block needs a language (use ```text for plain text)"
             )
     return Collected(page, list(state.blocks), list(state.listings))
-
-
-def _lost(text: str) -> int:
-    """Return the line of the first fence that opens and does not close, or does not parse."""
-    open_fence: tuple[str, int] | None = None
-    for number, line in enumerate(text.splitlines(), 1):
-        found = _FENCE.match(line)
-        if not found:
-            continue
-        if open_fence is None:
-            rest = line[found.end() :].strip()
-            unquoted = re.sub(r'=("[^"]*"|\'[^\']*\')', "", rest)
-            if "=" in unquoted or unquoted.count('"') % 2:
-                return number
-            open_fence = (found[1], number)
-        elif line.strip(" \t>").rstrip() == open_fence[0]:
-            open_fence = None
-    return open_fence[1] if open_fence else 1
