@@ -65,7 +65,11 @@ class State:
 
 
 class _Page(Preprocessor):
-    """Learns which page is converted and where its lines stand in the file."""
+    """Learns which page is converted, and that its fences still come to us."""
+
+    def __init__(self, md: Markdown, fences: Any) -> None:
+        super().__init__(md)
+        self.fences = fences
 
     def run(self, lines: list[str]) -> list[str]:
         md: Any = self.md
@@ -73,6 +77,8 @@ class _Page(Preprocessor):
         page = page_of(md)
         if page is None:
             return lines
+        if _superfences(md) is not self.fences:
+            raise build_error(PageError("mkdocs.yml", 1, NEEDS_FENCES))
         if not is_collecting(md):
             enter_site(md)
         site = load_site()
@@ -122,14 +128,8 @@ class MdproofExtension(Extension):
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
         """Take over the fences in Python."""
-        fences: Any = next(
-            (
-                extension
-                for extension in md.registeredExtensions
-                if type(extension).__name__ == "SuperFencesCodeExtension"
-            ),
-            None,
-        )
+        # The one in use: `pymdownx.extra` brings a second, which takes the place of the first.
+        fences = _superfences(md)
         if fences is None:
             raise build_error(PageError("mkdocs.yml", 1, NEEDS_FENCES))
         if not making_pipeline.get():
@@ -138,7 +138,7 @@ class MdproofExtension(Extension):
         self.md: Any = md
         self.fences = fences
         self.reset()
-        md.preprocessors.register(_Page(md), "mdproof_page", 1000)
+        md.preprocessors.register(_Page(md, fences), "mdproof_page", 1000)
         md.postprocessors.register(_End(md), "mdproof_end", -1000)
         for language in RUNNABLE:
             self.fences.extend_super_fences(language, self.format, self.validate, None)
@@ -401,6 +401,14 @@ class MdproofExtension(Extension):
             )
         inner = "".join(parts)
         return code, f'<div class="mdproof-foot">{inner}</div>' if inner else ""
+
+
+def _superfences(md: Any) -> Any:
+    """Return the extension that takes the fences, if it is `pymdownx.superfences`."""
+    if "fenced_code_block" not in md.preprocessors:
+        return None
+    extension = getattr(md.preprocessors["fenced_code_block"], "extension", None)
+    return extension if type(extension).__name__ == "SuperFencesCodeExtension" else None
 
 
 def _check_encoding() -> None:

@@ -35,7 +35,7 @@ from markdown import Markdown
 from mdproof.collect import collect, make_pipeline, read_page, split_front_matter
 from mdproof.config import markdown_extensions
 from mdproof.errors import PageError
-from mdproof.site import load_site
+from mdproof.site import _building, load_site
 
 MATERIAL = [
     "admonition", "attr_list", "def_list", "footnotes", "md_in_html", "tables",
@@ -113,9 +113,9 @@ class Listings(html.parser.HTMLParser):
                 pass
 
     def handle_data(self, data: str) -> None:
-        if self._inside("pre") and self._inside("code") and self._python() and self.found:
-            if not any("linenos" in kind for _, kind in self.stack):
-                self.found[-1] += data
+        number = any("linenos" in kind for _, kind in self.stack)
+        if self._inside("pre") and self._inside("code") and self._python() and not number:
+            self.found[-1] += data
 
     def _inside(self, tag: str) -> bool:
         return any(name == tag for name, _ in self.stack)
@@ -137,15 +137,19 @@ def settings(root: Path, config: str) -> tuple[list[Any], list[str]]:
         names += ["pymdownx.superfences"]
         left += ["(fenced_code and codehilite replaced by superfences and highlight)"]
         names = [name for name in names if name != "codehilite"]
-    if "pymdownx.highlight" not in names:
-        names += ["pymdownx.highlight"]
+    # First, because superfences takes the settings of the first; the class of a listing is one.
+    names = ["pymdownx.highlight", *(name for name in names if name != "pymdownx.highlight")]
     options.setdefault("pymdownx.highlight", {})["pygments_lang_class"] = True
     kept: list[Any] = []
+    for name in ("pymdownx.snippets", "mdx_include"):
+        options.setdefault(name, {}).setdefault(
+            "base_path", "." if name == "mdx_include" else ["."]
+        )
     os.chdir(root)
     for name in names:
         given = _usable(options.get(name) or {}, root)
         try:
-            Markdown(extensions=[name], extension_configs={name: given})
+            Markdown(extensions=[name], extension_configs={name: given}).convert("[a](b.md)")
         except Exception as error:
             left.append(f"{name} ({type(error).__name__})")
             continue
@@ -155,7 +159,11 @@ def settings(root: Path, config: str) -> tuple[list[Any], list[str]]:
 
 def _usable(value: Any, root: Path) -> Any:
     if isinstance(value, dict):
-        paths = {"base_path": lambda v: [str(root / x) for x in ([v] if isinstance(v, str) else v)]}
+        paths = {
+            "base_path": lambda v: (
+                str(root / v) if isinstance(v, str) else [str(root / x) for x in v]
+            )
+        }
         found = {k: paths.get(k, lambda v: _usable(v, root))(v) for k, v in value.items()}
         return {k: v for k, v in found.items() if v is not None}
     if isinstance(value, list):
@@ -176,8 +184,8 @@ def compare(root: Path, docs: str, config: str, peers: str) -> dict[str, Any]:
         text = yaml.dump({"site_name": "x", "docs_dir": str(root / docs)})
         (site_root / "mkdocs.yml").write_text(text, encoding="utf-8")
         (site_root / "pyproject.toml").write_text("[tool.mdproof]\nlenient = true\n")
-        os.chdir(site_root)
-        site = load_site(site_root)
+        _building.set(site_root / "mkdocs.yml")  # includes are relative to the checkout
+        site = load_site()
         site.settings["mkdocs"]["markdown_extensions"] = listed  # type: ignore[index]
         object.__setattr__(site, "root", root)
         md = make_pipeline(site)
