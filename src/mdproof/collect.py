@@ -15,6 +15,11 @@ from mdproof.site import Site, making_pipeline
 FENCE = re.compile(r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t>]*(`{3,}|~{3,})")
 """What a reader takes for the first line of a fence."""
 
+_KNOWN = re.compile(
+    r"(markdown\.extensions\.)?(abbr|admonition|attr_list|def_list|extra|fenced_code|footnotes|"
+    r"md_in_html|meta|sane_lists|smarty|tables|toc|wikilinks)|pymdownx\..+|mdproof\..+"
+)
+
 
 @dataclass
 class Collected:
@@ -113,6 +118,16 @@ def make_pipeline(site: Site) -> Markdown:
     return md
 
 
+def _brings_no_text(site: Site) -> bool:
+    """Tell whether no extension puts text on a page unasked; only snippets may, which are marked.
+
+    An extension that is not known here may include files by a syntax of its own.
+    """
+    names, options = markdown_extensions(site.settings["mkdocs"])
+    snippets = options.get("pymdownx.snippets", {})
+    return all(map(_KNOWN.fullmatch, names)) and not snippets.get("auto_append")
+
+
 def collect(site: Site, page: str, md: Markdown | None = None) -> Collected:
     """Return every fence of a page, as the site renders it.
 
@@ -127,7 +142,8 @@ def collect(site: Site, page: str, md: Markdown | None = None) -> Collected:
     """
     text = read_page(site, page)
     body, _ = split_front_matter(text)
-    if not any(mark in body for mark in ("```", "~~~", "    ", "\t", "8<-")):
+    marks = ("```", "~~~", "    ", "\t", "8<-")
+    if _brings_no_text(site) and not any(mark in body for mark in marks):
         return Collected(page)
     md = md or make_pipeline(site)
     md.reset()

@@ -1,4 +1,4 @@
-"""The pages of `hostile/collect-*.md`: each says itself which blocks it has, or how it is refused."""
+"""The pages `hostile/collect-*.md`: each says which blocks it has, or how it is refused."""
 
 import json
 import re
