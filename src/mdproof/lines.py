@@ -9,6 +9,8 @@ from difflib import SequenceMatcher
 
 _TAB = 4
 
+_NEAR = 10
+
 
 def align(file: list[str], seen: list[str]) -> list[int]:
     """Return for each seen line the position, from 0, of the file's line that it came from.
@@ -40,12 +42,26 @@ def align(file: list[str], seen: list[str]) -> list[int]:
     for back in range(1, tail + 1):
         put(len(theirs) - back, len(texts) - back)
     middle, other = texts[head : len(texts) - tail], theirs[head : len(theirs) - tail]
-    matcher = SequenceMatcher(None, middle, other)
-    for _, i, end, j, stop in matcher.get_opcodes():
+    edits = SequenceMatcher(None, middle, other).get_opcodes()
+    gone = [
+        at for kind, i, end, *_ in edits if kind in ("replace", "delete") for at in (i, end - 1)
+    ]
+    for kind, i, end, j, stop in edits:
         same = end - i == stop - j
+        origin = _nearest(gone, i) if kind == "insert" else i
         for at in range(j, stop):
-            put(head + at, head + (i + at - j if same else i))
+            put(head + at, head + (i + at - j if same else origin))
     return positions
+
+
+def _nearest(gone: list[int], at: int) -> int:
+    """Return the line that what is put before line `at` came from, where nothing was replaced.
+
+    Included text may have lines of the page in it; then it seems to be two pieces, of which only
+    one stands where the line that named it was.
+    """
+    close = [line for line in gone if abs(line - at) <= _NEAR]
+    return min(close, key=lambda line: abs(line - at), default=at)
 
 
 def _normal(line: str) -> str:

@@ -234,9 +234,9 @@ def allow_options(plain: Markdown) -> None:
 
 def _compare_page(differences: list[str], site: Any, page: str, shown: list[str], got: Any) -> None:
     raw = read_page(site, page).split("\n")
-    shells = {line for language, line in got.listings if language == "console"}
-    if len(shown) != len(got.blocks) + len(shells):
-        more = f"{len(shown)} rendered, {len(got.blocks)} + {len(shells)} collected"
+    shells = sum(language == "console" for language, _ in got.listings)
+    if len(shown) != len(got.blocks) + shells:
+        more = f"{len(shown)} rendered, {len(got.blocks)} + {shells} collected"
         differences.append(f"{page}: {more}")
     theirs = sorted(_normal(text) for text in shown)
     for block in got.blocks:
