@@ -161,8 +161,9 @@ class MdproofExtension(Extension):
 
         def listing(*, src: str, language: str, **kwargs: Any) -> str:
             state, line = self.state, self._line()
-            strict = state.page is not None and not load_site().lenient
-            if strict and (language or "").lower() in LOOKS_RUNNABLE:
+            looks = state.page is not None and (language or "").lower() in LOOKS_RUNNABLE
+            if looks and not load_site().lenient:
+                assert state.page is not None
                 message = f"```{language} is shown and not run: write ```python, or norun and why"
                 raise build_error(PageError(shown(load_site(), state.page), line, message))
             state.listings.append((language or "", line))
@@ -197,13 +198,10 @@ class MdproofExtension(Extension):
                 return search(lines)
             state.places = align(state.raw, lines)
             left = search(list(lines))
-            if is_collecting(self.md):
+            fences = [at for at, line in enumerate(left) if FENCE.match(line)]
+            if fences and is_collecting(self.md):
                 places = align(lines, left)
-                state.left = [
-                    state.places[at] + 1
-                    for at, line in zip(places, left, strict=True)
-                    if FENCE.match(line)
-                ]
+                state.left = [state.places[places[at]] + 1 for at in fences]
             return left
 
         fenced.process_nested_block = process_nested_block
