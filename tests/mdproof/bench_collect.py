@@ -92,7 +92,7 @@ _Loader.add_multi_constructor("", lambda loader, suffix, node: None)
 class Listings(html.parser.HTMLParser):
     """The text of every `<code>` in a `<pre>` below an element whose class says Python."""
 
-    NAMES = re.compile(r"(?:^|\s)language-(?:python3?|py|pycon|console)(?:\s|$)")
+    NAMES = re.compile(r"(?:^|\s)language-(?:python3?|py|pycon|console)(?:\s|$)", re.IGNORECASE)
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -211,11 +211,18 @@ def compare(root: Path, docs: str, config: str, peers: str) -> dict[str, Any]:
             except PageError as error:
                 figures["refused"].append(f"{error} [{len(shown)} rendered]")
                 continue
-            shells = sum(language == "console" for language, _ in got.listings)
+            shells = _only_shown(got)
             figures["collected"] += len(got.blocks) + shells
             _compare_page(figures["differences"], site, page, shown, got)
         figures["peers"] = _peers(peers, files) if peers else {}
     return figures
+
+
+def _only_shown(got: Any) -> int:
+    """Count the listings that are collected as such: shells, and Python in another spelling."""
+    return sum(
+        Listings.NAMES.search(f"language-{language}") is not None for language, _ in got.listings
+    )
 
 
 def allow_options(plain: Markdown) -> None:
@@ -234,9 +241,9 @@ def allow_options(plain: Markdown) -> None:
 
 def _compare_page(differences: list[str], site: Any, page: str, shown: list[str], got: Any) -> None:
     raw = read_page(site, page).split("\n")
-    shells = sum(language == "console" for language, _ in got.listings)
+    shells = _only_shown(got)
     if len(shown) != len(got.blocks) + shells:
-        more = f"{len(shown)} rendered, {len(got.blocks)} + {shells} collected"
+        more = f"{len(shown)} rendered, {len(got.blocks)} + {shells} only shown"
         differences.append(f"{page}: {more}")
     theirs = sorted(_normal(text) for text in shown)
     for block in got.blocks:
