@@ -10,7 +10,9 @@ mdproof, writes HTML; `html.parser` counts in it the listings whose class says P
 their text. (b) mdproof collects the page, in its `lenient` mode. The two must have the same number
 of listings with the same text in the same order, and mdproof's line must be the file's line in
 which the fence opens (for text that an include brought, the line of the include). Each difference
-is printed; the exit status is their number. An extension that is not installed is left out, and
+is printed; the exit status is their number. Collected are the blocks and the listings "only shown":
+shell sessions, and Python spelt in a way that this engine does not run (`Python`), of which only the
+number is compared; and text inside an include has no line of its own to compare. An extension that is not installed is left out, and
 said.
 
 With `--peers PYTHON`, an interpreter that has sybil, pytest-examples and pytest-markdown-docs, the
@@ -191,7 +193,7 @@ def compare(root: Path, docs: str, config: str, peers: str) -> dict[str, Any]:
         object.__setattr__(site, "root", root)
         md = make_pipeline(site)
         figures: dict[str, Any] = {
-            "site": root.name, "pages": 0, "rendered": 0, "collected": 0,
+            "site": root.name, "pages": 0, "rendered": 0, "collected": 0, "only shown": 0,
             "refused": [], "differences": [], "left": left,
         }  # fmt: skip
         files = []
@@ -213,6 +215,7 @@ def compare(root: Path, docs: str, config: str, peers: str) -> dict[str, Any]:
                 continue
             shells = _only_shown(got)
             figures["collected"] += len(got.blocks) + shells
+            figures["only shown"] += shells
             _compare_page(figures["differences"], site, page, shown, got)
         figures["peers"] = _peers(peers, files) if peers else {}
     return figures
