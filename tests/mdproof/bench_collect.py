@@ -8,12 +8,15 @@ with the folder of its pages and, if it has one, its configuration (MkDocs' YAML
 For every page, two independent routes. (a) Python-Markdown with the site's own extensions, without
 mdproof, writes HTML; `html.parser` counts in it the listings whose class says Python and keeps
 their text. (b) mdproof collects the page, in its `lenient` mode. The two must have the same number
-of listings with the same text in the same order, and mdproof's line must be the file's line in
-which the fence opens (for text that an include brought, the line of the include). Each difference
-is printed; the exit status is their number. Collected are the blocks and the listings "only shown":
-shell sessions, and Python spelt in a way that this engine does not run (`Python`), of which only the
-number is compared; and text inside an include has no line of its own to compare. An extension that is not installed is left out, and
-said.
+of listings with the same text (in any order: footnotes are rendered last), and mdproof's line must
+be the one in which the fence opens; for text that an include brought, the line of the include.
+Each difference is printed; the exit status is their number.
+
+Collected are the blocks and what is "only shown": a shell's session, and Python spelt in a way that
+the engine does not run (`Python`). Of those only the number is compared. Where a fence's body is an
+include, its line is checked to be a fence's and its text against the HTML. A runner's options in a
+fence's first line (markdown-exec) are allowed on both sides. An extension that is not installed, or
+fails alone, is left out, and said.
 
 With `--peers PYTHON`, an interpreter that has sybil, pytest-examples and pytest-markdown-docs, the
 same pages are also given to those three.
