@@ -12,7 +12,13 @@ from mdproof.config import markdown_extensions
 from mdproof.errors import PageError
 from mdproof.site import Site, making_pipeline
 
-_FENCE = re.compile(r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t>]*(`{3,}|~{3,})")
+FENCE = re.compile(r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t>]*(`{3,}|~{3,})")
+"""What a reader takes for the first line of a fence."""
+
+_KNOWN = re.compile(
+    r"(markdown\.extensions\.)?(abbr|admonition|attr_list|def_list|extra|fenced_code|footnotes|"
+    r"md_in_html|meta|sane_lists|smarty|tables|toc|wikilinks)|pymdownx\..+|mdproof\..+"
+)
 
 
 @dataclass
@@ -112,6 +118,16 @@ def make_pipeline(site: Site) -> Markdown:
     return md
 
 
+def _brings_no_text(site: Site) -> bool:
+    """Tell whether no extension puts text on a page unasked; only snippets may, which are marked.
+
+    An extension that is not known here may include files by a syntax of its own.
+    """
+    names, options = markdown_extensions(site.settings["mkdocs"])
+    snippets = options.get("pymdownx.snippets", {})
+    return all(map(_KNOWN.fullmatch, names)) and not snippets.get("auto_append")
+
+
 def collect(site: Site, page: str, md: Markdown | None = None) -> Collected:
     """Return every fence of a page, as the site renders it.
 
@@ -126,7 +142,8 @@ def collect(site: Site, page: str, md: Markdown | None = None) -> Collected:
     """
     text = read_page(site, page)
     body, _ = split_front_matter(text)
-    if not any(mark in body for mark in ("```", "~~~", "    ", "\t", "8<-")):
+    marks = ("```", "~~~", "    ", "\t", "8<-")
+    if _brings_no_text(site) and not any(mark in body for mark in marks):
         return Collected(page)
     md = md or make_pipeline(site)
     md.reset()
@@ -148,29 +165,13 @@ def collect(site: Site, page: str, md: Markdown | None = None) -> Collected:
             raise PageError(
                 file, block.line, "this fence is not shown as code (indented, or commented out)"
             )
-    if visible.lost:
-        raise PageError(file, _lost(text), "this fence is not closed, or its options are malformed")
+    if visible.lost and state.left:
+        raise PageError(
+            file, state.left[0], "this fence is not closed, or its options are malformed"
+        )
     for language, line in state.listings:
-        if not language and site.settings.get("require_language", True):
+        if not language and site.settings.get("require_language", not site.lenient):
             raise PageError(
                 file, line, "a code block needs a language (use ```text for plain text)"
             )
     return Collected(page, list(state.blocks), list(state.listings))
-
-
-def _lost(text: str) -> int:
-    """Return the line of the first fence that opens and does not close, or does not parse."""
-    open_fence: tuple[str, int] | None = None
-    for number, line in enumerate(text.splitlines(), 1):
-        found = _FENCE.match(line)
-        if not found:
-            continue
-        if open_fence is None:
-            rest = line[found.end() :].strip()
-            unquoted = re.sub(r'=("[^"]*"|\'[^\']*\')', "", rest)
-            if "=" in unquoted or unquoted.count('"') % 2:
-                return number
-            open_fence = (found[1], number)
-        elif line.strip(" \t>").rstrip() == open_fence[0]:
-            open_fence = None
-    return open_fence[1] if open_fence else 1

@@ -75,7 +75,8 @@ def markdown_extensions(config: dict[str, Any]) -> tuple[list[str], dict[str, di
     """Return the names and the options of the Markdown extensions, as MkDocs would load them."""
     names = ["toc", "tables", "fenced_code"]
     options: dict[str, dict[str, Any]] = {}
-    for entry in config.get("markdown_extensions") or []:
+    listed = config.get("markdown_extensions") or []
+    for entry in [listed] if isinstance(listed, dict) else listed:
         pairs = entry.items() if isinstance(entry, dict) else [(entry, None)]
         for name, value in pairs:
             if name not in names:

@@ -19,11 +19,12 @@ from markdown.preprocessors import Preprocessor
 
 from mdproof.article import read_article
 from mdproof.benchmark import benchmark_outdated
-from mdproof.block import HIGHLIGHT, LOOKS_RUNNABLE, RUNNABLE, Block, read_options
-from mdproof.collect import read_page, shown
+from mdproof.block import HIGHLIGHT, LOOKS_RUNNABLE, RUNNABLE, Block, Options, read_options
+from mdproof.collect import FENCE, read_page, shown
 from mdproof.copy import is_recorded, recorded_copy
 from mdproof.device import outdated, ways_of
 from mdproof.errors import PageError, build_error
+from mdproof.lines import align
 from mdproof.names import Program, read_program
 from mdproof.proof import ForgedError, Proof, figure_folder, load_proof, record_reason
 from mdproof.reference import UnknownNameError, find_source, reference_target
@@ -43,6 +44,10 @@ from mdproof.words import words
 _log = logging.getLogger("mkdocs.plugins.mdproof")
 
 
+_PROMPT = re.compile(r">>>(?: |$)")
+
+MIXED = "a console fence is a shell's or Python's (>>> in its first line): make two of it"
+
 NEEDS_FENCES = "markdown_extensions: list pymdownx.superfences before mdproof.markdown"
 
 
@@ -52,18 +57,22 @@ class State:
 
     page: str | None = None
     raw: list[str] = field(default_factory=list)
-    offset: int = 0
+    places: list[int] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     listings: list[tuple[str, int]] = field(default_factory=list)
     proof: Proof | None = None
     loaded: bool = False
-    cursor: int = 0
     ended: bool = False
     stale: list[tuple[int, str]] = field(default_factory=list)
 
 
 class _Page(Preprocessor):
-    """Learns which page is converted and where its lines stand in the file."""
+    """Learns which page is converted, and that its fences still come to us."""
+
+    def __init__(self, md: Markdown, fences: Any) -> None:
+        super().__init__(md)
+        self.fences = fences
 
     def run(self, lines: list[str]) -> list[str]:
         md: Any = self.md
@@ -71,6 +80,8 @@ class _Page(Preprocessor):
         page = page_of(md)
         if page is None:
             return lines
+        if _superfences(md) is not self.fences:
+            raise build_error(PageError("mkdocs.yml", 1, NEEDS_FENCES))
         if not is_collecting(md):
             enter_site(md)
         site = load_site()
@@ -84,8 +95,6 @@ class _Page(Preprocessor):
             return lines  # a page that a plugin generates has no blocks of ours
         state.page = page
         state.raw = text.split("\n")
-        ours = "\n".join(lines).rstrip("\n").count("\n")
-        state.offset = text.rstrip("\n").count("\n") - ours
         return lines
 
 
@@ -122,14 +131,8 @@ class MdproofExtension(Extension):
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
         """Take over the fences in Python."""
-        fences: Any = next(
-            (
-                extension
-                for extension in md.registeredExtensions
-                if type(extension).__name__ == "SuperFencesCodeExtension"
-            ),
-            None,
-        )
+        # The one in use: `pymdownx.extra` brings a second, which takes the place of the first.
+        fences = _superfences(md)
         if fences is None:
             raise build_error(PageError("mkdocs.yml", 1, NEEDS_FENCES))
         if not making_pipeline.get():
@@ -138,10 +141,11 @@ class MdproofExtension(Extension):
         self.md: Any = md
         self.fences = fences
         self.reset()
-        md.preprocessors.register(_Page(md), "mdproof_page", 1000)
+        md.preprocessors.register(_Page(md, fences), "mdproof_page", 1000)
         md.postprocessors.register(_End(md), "mdproof_end", -1000)
         for language in RUNNABLE:
             self.fences.extend_super_fences(language, self.format, self.validate, None)
+        self.fences.extend_super_fences("console", self.console, self.validate, None)
         self._count_listings()
         self._remember_lines()
 
@@ -160,13 +164,15 @@ class MdproofExtension(Extension):
 
         def listing(*, src: str, language: str, **kwargs: Any) -> str:
             state, line = self.state, self._line()
-            if state.page is not None and (language or "").lower() in LOOKS_RUNNABLE:
+            looks = state.page is not None and (language or "").lower() in LOOKS_RUNNABLE
+            if looks and not load_site().lenient:
+                assert state.page is not None
                 message = f"```{language} is shown and not run: write ```python, or norun and why"
                 raise build_error(PageError(shown(load_site(), state.page), line, message))
             state.listings.append((language or "", line))
             return highlight(src=src, language=language, **kwargs)
 
-        default["formatter"] = listing
+        default["formatter"] = self.listing = listing
         indented = self.md.parser.blockprocessors["code"]
         run = indented.run
 
@@ -183,26 +189,32 @@ class MdproofExtension(Extension):
     def _remember_lines(self) -> None:
         # superfences knows where a fence stands but does not tell its formatter.
         fenced = self.md.preprocessors["fenced_code_block"]
-        process = fenced.process_nested_block
+        process, search = fenced.process_nested_block, fenced.search_nested
 
         def process_nested_block(ws: str, content: str, start: int, end: int) -> None:
-            self.start, self.opening = start, fenced.first
+            self.start = start
             process(ws, content, start, end)
 
+        def search_nested(lines: list[str]) -> list[str]:
+            state = self.state
+            if state.page is None:
+                return search(lines)
+            state.places = align(state.raw, lines)
+            left = search(list(lines))
+            fences = [at for at, line in enumerate(left) if FENCE.match(line)]
+            if fences and is_collecting(self.md):
+                places = align(lines, left)
+                state.left = [state.places[places[at]] + 1 for at in fences]
+            return left
+
         fenced.process_nested_block = process_nested_block
-        self.start, self.opening = 0, ""
+        fenced.search_nested = search_nested
+        self.start = 0
 
     def _line(self) -> int:
         """Return the line of the fence being formatted, in the file, from 1."""
-        state = self.state
-        position = self.start + state.offset
-        opening = self.opening.strip(" \t>")
-        expected = state.raw[position].strip() if 0 <= position < len(state.raw) else ""
-        if opening and opening not in expected:  # snippets above it moved it
-            ahead = range(state.cursor, len(state.raw))
-            position = next((n for n in ahead if opening in state.raw[n]), state.cursor)
-        state.cursor = position + 1
-        return position + 1
+        places = self.state.places
+        return places[self.start] + 1 if self.start < len(places) else 1
 
     def _find(self, text: str) -> int:
         lines = enumerate(self.state.raw, 1)
@@ -220,6 +232,21 @@ class MdproofExtension(Extension):
         options["mdproof"] = {key: v for key, v in inputs.items() if key not in HIGHLIGHT} | attrs
         attrs.clear()
         return True
+
+    def console(self, src: str = "", options: Any = None, md: Any = None, **kwargs: Any) -> str:
+        """Return the HTML of a `console` fence: a session in Python, or a listing of a shell's."""
+        kwargs.pop("language", None)
+        lines = src.strip().split("\n")
+        python = [bool(_PROMPT.match(line)) for line in lines]
+        if python[0]:
+            return self.format(src, "pycon", options, md, **kwargs)
+        state = self.state
+        if any(python) and state.page is not None and not load_site().lenient:
+            file, line = shown(load_site(), state.page), self._line()
+            raise build_error(PageError(file, line, MIXED))
+        options = dict(options or {})
+        kwargs["attrs"] = {**options.pop("mdproof", {}), **(kwargs.get("attrs") or {})}
+        return self.listing(src=src, language="console", options=options, md=md, **kwargs)
 
     def format(
         self,
@@ -264,6 +291,8 @@ class MdproofExtension(Extension):
         state = self.state
         assert state.page is not None
         file = shown(site, state.page)
+        if site.lenient:
+            ours = {key: ours[key] for key in ours if key in Options.__dataclass_fields__}
         read = read_options(ours, file=file, line=line)
         kind, code, seen = RUNNABLE[language], src, ""
         if read.source:
@@ -277,7 +306,7 @@ class MdproofExtension(Extension):
             name = read.source[len(module) + 1 :].partition(".")[0]
             kind, code = "source", f"from {module} import {name}" if name else f"import {module}"
             seen = _dedent(source.text)
-        elif not src.strip():
+        elif not src.strip() and not site.lenient:
             raise PageError(file, line, "this fence is empty")
         return Block(state.page, len(state.blocks) + 1, line, kind, code, read, seen)
 
@@ -397,6 +426,14 @@ def _folded(program: Program, whole: str, shown: str) -> Program:
         for one in program.references
     ]
     return Program(tuple(moved), program.statements)
+
+
+def _superfences(md: Any) -> Any:
+    """Return the extension that takes the fences, if it is `pymdownx.superfences`."""
+    if "fenced_code_block" not in md.preprocessors:
+        return None
+    extension = getattr(md.preprocessors["fenced_code_block"], "extension", None)
+    return extension if type(extension).__name__ == "SuperFencesCodeExtension" else None
 
 
 def _check_encoding() -> None:

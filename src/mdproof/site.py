@@ -51,6 +51,11 @@ class Site:
         """The folder of recorded results."""
         return self.docs / "proofs"
 
+    @property
+    def lenient(self) -> bool:
+        """Whether pages keep the habits of their site: see `lenient` in CONTRIBUTING.md."""
+        return bool(self.settings.get("lenient", False))
+
     def pages(self) -> list[str]:
         """Return every page, as paths below `docs`, sorted."""
         return sorted(
@@ -86,6 +91,7 @@ _SETTINGS: dict[str, type] = {
     "articles": list,
     "front_matter": list,
     "require_language": bool,
+    "lenient": bool,
     "macros": dict,
     "tests": list,
     "types": str,

@@ -6,6 +6,7 @@ import pytest
 from tests.mdproof.conftest import Sample
 
 from mdproof.errors import PageError
+from mdproof.site import _load_site
 
 
 def page(text: str) -> str:
@@ -129,3 +130,100 @@ def test_a_source_fence_shows_the_object_and_stands_for_its_import(sample: Sampl
     assert block.kind == "source"
     assert block.code == "from sample.shapes import area"
     assert block.shown.startswith("def area(r):")
+
+
+def test_a_second_superfences_does_not_take_the_fences_away(sample: Sample) -> None:
+    """`pymdownx.extra` brings one, which takes the place of the first."""
+    settings = sample.root / "mkdocs.yml"
+    text = settings.read_text(encoding="utf-8")
+    settings.write_text(text.replace("  - mdproof", "  - pymdownx.extra\n  - mdproof"))
+    assert len(sample.collect("```python\na = 1\n```\n").blocks) == 1
+
+
+def test_a_second_superfences_behind_the_engine_is_refused(sample: Sample) -> None:
+    settings = sample.root / "mkdocs.yml"
+    settings.write_text(settings.read_text(encoding="utf-8") + "  - pymdownx.extra\n")
+    with pytest.raises(PageError) as error:
+        sample.collect("```python\na = 1\n```\n")
+    assert str(error.value) == (
+        "mkdocs.yml:1: markdown_extensions: list pymdownx.superfences before mdproof.markdown"
+    )
+
+
+def test_extensions_may_be_given_as_a_table(sample: Sample) -> None:
+    settings = sample.root / "mkdocs.yml"
+    settings.write_text(
+        "site_name: x\nmarkdown_extensions:\n  pymdownx.snippets: {base_path: [parts]}\n"
+        "  pymdownx.superfences:\n  mdproof.markdown:\n"
+    )
+    (sample.root / "parts").mkdir()
+    (sample.root / "parts/a.md").write_text("```python\na = 1\n```\n")
+    assert [block.code for block in sample.collect('--8<-- "a.md"\n').blocks] == ["a = 1"]
+
+
+INCLUDE = """
+from markdown import Extension
+from markdown.preprocessors import Preprocessor
+
+class Include(Preprocessor):
+    def run(self, lines):
+        text = ["```python", "a = 1", "```", "", "/// tip", ""]
+        return [out for line in lines for out in (text if line == "{* it *}" else [line])]
+
+class IncludeExtension(Extension):
+    def extendMarkdown(self, md):
+        md.preprocessors.register(Include(md), "include", 101)
+
+def makeExtension(**options):
+    return IncludeExtension(**options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("{* it *}\n", [1]),
+        (
+            "a\n\n{* it *}\n\n/// tip\n\nb\n\n{* it *}\n\n/// tip\n\n```python\na = 1\n```\n",
+            [3, 9, 13],
+        ),
+    ],
+)
+def test_an_include_of_an_unknown_kind_brings_blocks_at_its_line(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch, text: str, lines: list[int]
+) -> None:
+    settings = sample.root / "mkdocs.yml"
+    settings.write_text(settings.read_text(encoding="utf-8") + "  - include_of_a_kind\n")
+    (sample.root / "src/include_of_a_kind.py").write_text(INCLUDE)
+    monkeypatch.syspath_prepend(sample.root / "src")
+    assert [block.line for block in sample.collect(text).blocks] == lines
+
+
+LENIENT = {
+    "no language": ("```\na\n```\n", 0, [("", 1)]),
+    "another runner's option": ('```{.python test="skip"}\na = 1\n```\n', 1, []),
+    "another name of Python": ("```ipython\nIn [1]: a\n```\n", 0, [("ipython", 1)]),
+    "empty": ("```python\n```\n", 1, []),
+    "a shell that starts Python": ("```console\n$ python\n>>> 1\n```\n", 0, [("console", 1)]),
+    "indented": ("text\n\n    a = 1\n", 0, [("", 3)]),
+}
+
+
+@pytest.mark.parametrize("case", LENIENT)
+def test_a_lenient_site_keeps_its_habits(sample: Sample, case: str) -> None:
+    text, blocks, listings = LENIENT[case]
+    with pytest.raises(PageError):
+        sample.collect(text)
+    settings = sample.root / "pyproject.toml"
+    settings.write_text(settings.read_text() + "lenient = true\n")
+    _load_site.cache_clear()
+    found = sample.collect(text)
+    assert len(found.blocks) == blocks
+    assert found.listings == listings
+
+
+def test_a_lenient_site_is_told_of_a_fence_that_is_not_closed(sample: Sample) -> None:
+    settings = sample.root / "pyproject.toml"
+    settings.write_text(settings.read_text() + "lenient = true\n")
+    with pytest.raises(PageError, match=r"^docs/page\.md:3: this fence is not closed"):
+        sample.collect("text\n\n```python\na = 1\n")
