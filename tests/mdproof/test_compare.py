@@ -1,5 +1,7 @@
 """Outputs are compared as a person would: numbers by value, words exactly."""
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,3 +112,15 @@ def test_two_drawings_agree_within_a_point_and_in_every_element() -> None:
     assert not same_figure(svg, svg.replace("30.5", "35.0"))
     assert not same_figure(svg, svg.replace("M 1.0 2.0 L", "M 1.0 2.0 L 3 3 L"))
     assert not same_figure(svg, svg.replace("stroke", "fill"))
+
+
+@given(st.sets(st.text(alphabet="ab, :{}1.", max_size=4), min_size=2, max_size=5), st.randoms())
+def test_a_set_printed_in_any_order_is_the_same_until_an_element_changes(
+    values: set[str], random: Random
+) -> None:
+    one = sorted(values)
+    other = random.sample(one, len(one))
+    braces = ["{" + repr(items)[1:-1] + "}" for items in (one, other)]
+    assert first_difference(*braces, rtol=0.0) is None
+    changed = "{" + repr([*one[1:], "z"])[1:-1] + "}"
+    assert first_difference(braces[1], changed, rtol=0.0) is not None
