@@ -5,6 +5,22 @@ import re
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?(?![\w])(?!\.\d)")
 
+_ELEMENT = r"""(?:'[^'\\]*'|"[^"\\]*"|[-+]?\d+)"""
+_SET = re.compile(rf"\{{({_ELEMENT}(?:, {_ELEMENT})+)\}}")
+
+
+def _ordered_sets(line: str) -> str:
+    """Return a line with the elements of every printed set of strings and integers in one order.
+
+    Strings hash anew in every interpreter, so `{'a', 'b'}` and `{'b', 'a'}` are one value. A
+    dictionary keeps its order, and is left alone: a colon follows its keys.
+    """
+
+    def ordered(found: re.Match[str]) -> str:
+        return "{" + ", ".join(sorted(re.findall(_ELEMENT, found[1]))) + "}"
+
+    return _SET.sub(ordered, line)
+
 
 def _unit(text: str) -> float:
     """Return one unit of the last printed digit: 0.01 for 3.14, 1e-7 for 1.5e-6."""
@@ -62,6 +78,7 @@ def first_difference(recorded: str, new: str, *, rtol: float) -> tuple[str, str]
 def _same_line(old: str, new: str, *, rtol: float) -> bool:
     if old == new:
         return True
+    old, new = _ordered_sets(old), _ordered_sets(new)
     words_old = [" ".join(part.split()) for part in _NUMBER.split(old)]
     words_new = [" ".join(part.split()) for part in _NUMBER.split(new)]
     if words_old != words_new:

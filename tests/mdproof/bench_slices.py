@@ -1,63 +1,71 @@
-"""How much smaller the runnable copies are than the page: `python tests/mdproof/bench_slices.py`.
+"""Measure how much of its page each recorded copy holds: `python tests/mdproof/bench_slices.py`.
 
-For each block: the characters of its copy without the header comment, over those of all the code
-that the page shows up to and including the block (excused fences left out; of a source fence the
-code that its copy holds). Prints the median of each page and of all blocks, and how many copies are
-of which level.
+The payload is the recorded copy without its header comment; the page's code so far is the code of
+all blocks up to and including this one. Their quotient, in characters and in top-level statements,
+is printed as a median a page and over all blocks. The block itself is always kept, so a first block
+counts as 100 %. Source fences show code from outside the page, so that their copies are left out;
+blocks without a recorded copy are, too.
 """
 
-import argparse
+import ast
 import statistics
-from collections import Counter
 
 from mdproof.collect import collect, make_pipeline
-from mdproof.copy import build_copy, candidates, plain_code, recorded_copy
+from mdproof.copy import candidates, plain_code
 from mdproof.proof import load_proof
-from mdproof.site import load_site
+from mdproof.site import Site, load_site
+
+_HEADER_LINES = 2
 
 
-def body(text: str) -> str:
-    """Return a copy without the comment that it begins with."""
-    lines = text.split("\n")
-    while lines and lines[0].startswith("#"):
-        lines.pop(0)
-    return "\n".join(lines).strip()
+def _statements(code: str) -> int:
+    return len(ast.parse(code).body)
+
+
+def shares(site: Site, page: str) -> list[tuple[float, float, str]]:
+    """Return each block's quotient in characters and in statements, and its level.
+
+    The level is the recorded one; the text is what the slicer gives for it today.
+    """
+    proof = load_proof(site, page)
+    if proof is None:
+        return []
+    blocks = collect(site, page, make_pipeline(site)).blocks
+    found = []
+    for position, record in enumerate(proof.blocks[: len(blocks)]):
+        block = blocks[position]
+        if block.kind == "source" or not record.get("copy"):
+            continue
+        level = record["copy"]["level"]
+        made = {copy.level: copy for copy, _ in candidates(site, blocks[: position + 1])}
+        # Levels that give one text are one candidate, named after the smallest.
+        copy = made.get(level, next(iter(made.values())))
+        payload = "\n".join(copy.text.split("\n")[_HEADER_LINES:]).strip()
+        so_far = "\n".join(plain_code(other).strip() for other in blocks[: position + 1])
+        parts = _statements(payload) / max(_statements(so_far), 1)
+        found.append((len(payload) / max(len(so_far), 1), parts, level))
+    return found
 
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pages", nargs="*", help="pages below docs; default: every page with code")
-    parser.add_argument("--static", action="store_true", help="the narrowest copy, tried or not")
-    given = parser.parse_args()
     site = load_site()
-    md = make_pipeline(site)
-    every: list[float] = []
-    levels: Counter[str] = Counter()
-    print(f"{'page':<46} {'blocks':>6} {'median':>7} {'largest':>8}")
-    for page in given.pages or site.pages():
-        blocks = collect(site, page, md).blocks
-        proof = load_proof(site, page)
-        shares, so_far = [], 0
-        for i, block in enumerate(blocks, start=1):
-            if block.options.norun:
-                continue
-            if given.static or proof is None:
-                copy = candidates(site, blocks[:i])[0][0]
-            else:
-                found = recorded_copy(site, blocks[:i], proof.blocks[i - 1])
-                assert found is not None
-                copy = found
-            alone = body(build_copy(site, blocks[:i], level="slice", libraries={}).text)
-            so_far += len(alone if block.options.source else plain_code(block).strip())
-            shares.append(len(body(copy.text)) / so_far)
-            levels[copy.level] += 1
-        if shares:
-            every += shares
-            print(
-                f"{page:<46} {len(shares):>6} {statistics.median(shares):7.2f} {max(shares):8.2f}"
-            )
-    print(f"{len(every)} copies, median {statistics.median(every):.3f}, levels {dict(levels)}")
+    everything: list[tuple[float, float, str]] = []
+    print(f"{'page':<44} {'blocks':>6} {'characters':>10} {'statements':>10} {'wider':>5}")
+    for page in site.pages():
+        found = shares(site, page)
+        if not found:
+            continue
+        everything += found
+        _print_row(page, found)
+    if everything:
+        _print_row("all", everything)
+
+
+def _print_row(name: str, found: list[tuple[float, float, str]]) -> None:
+    characters, statements = (statistics.median(each[i] for each in found) for i in (0, 1))
+    wider = sum(level != "slice" for *_, level in found)
+    print(f"{name:<44} {len(found):6} {characters:10.0%} {statements:10.0%} {wider:5}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Outputs are compared as a person would: numbers by value, words exactly."""
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,17 @@ SAME = [
     ("nan inf -inf", "nan inf -inf"),
     ("step 10 of 20", "step 10 of 20"),
     ("v1.2.3", "v1.2.3"),
+    ("{'a', 'b'}", "{'b', 'a'}"),  # a set has no order
+    ("{\"it's\", 'b'}", "{'b', \"it's\"}"),
+    ("frozenset({'a', 'b', 'c'})", "frozenset({'c', 'a', 'b'})"),
+    ("[{'a', 'b'}, {'c', 'd'}]", "[{'b', 'a'}, {'d', 'c'}]"),
+    ("{'a', 'b'} 0.50", "{'b', 'a'} 0.51"),
+    ("{1, 'a', -2}", "{'a', -2, 1}"),
+    ("{'a, b', 'c'}", "{'c', 'a, b'}"),
+    ("accuracy 97.31%", "accuracy 97.32%"),
+    ("1,234.56", "1,234.57"),
+    ("-0.0", "0.0"),
+    ("| a | 0.50 |", "|  a |  0.51 |"),
 ]
 DIFFERENT = [
     ("loss 0.6931", "loss 0.6934"),
@@ -32,6 +45,27 @@ DIFFERENT = [
     ("1e999", "2.5"),
     ("2.5", "-1e999"),
     ("inf", "-inf"),
+    ("{'a', 'b'}", "{'a', 'c'}"),
+    ("{'a', 'b'}", "{'a', 'b', 'c'}"),
+    ("{1, 2}", "{1, 3}"),
+    ("{'a, b', 'c'}", "{'a', 'b, c'}"),
+    ("['a', 'b']", "['b', 'a']"),
+    ("('a', 'b')", "('b', 'a')"),
+    ("{'a': 1, 'b': 2}", "{'b': 2, 'a': 1}"),  # a dictionary keeps its order
+    ("[{'a', 'b'}, {'c', 'd'}]", "[{'c', 'd'}, {'a', 'b'}]"),
+    ("2.13.0", "2.14.0"),
+    ("torch 2.13.0+cpu", "torch 2.13.1+cpu"),
+    ("2026-11-27", "2026-11-28"),
+    ("0x7f01", "0x7f02"),
+    ("sm_80", "sm_90"),
+    ("fp16", "fp32"),
+    ("1/3", "1/4"),
+    ("1,234", "1,235"),
+    ("100000000", "100000001"),
+    ("1e-3", "1e-2"),
+    ("97.31%", "97.31"),
+    ("1.0+2.0j", "1.0+3.0j"),
+    ("nan", "0.0"),
 ]
 
 
@@ -78,3 +112,15 @@ def test_two_drawings_agree_within_a_point_and_in_every_element() -> None:
     assert not same_figure(svg, svg.replace("30.5", "35.0"))
     assert not same_figure(svg, svg.replace("M 1.0 2.0 L", "M 1.0 2.0 L 3 3 L"))
     assert not same_figure(svg, svg.replace("stroke", "fill"))
+
+
+@given(st.sets(st.text(alphabet="ab, :{}1.", max_size=4), min_size=2, max_size=5), st.randoms())
+def test_a_set_printed_in_any_order_is_the_same_until_an_element_changes(
+    values: set[str], random: Random
+) -> None:
+    one = sorted(values)
+    other = random.sample(one, len(one))
+    braces = ["{" + repr(items)[1:-1] + "}" for items in (one, other)]
+    assert first_difference(*braces, rtol=0.0) is None
+    changed = "{" + repr([*one[1:], "z"])[1:-1] + "}"
+    assert first_difference(braces[1], changed, rtol=0.0) is not None
