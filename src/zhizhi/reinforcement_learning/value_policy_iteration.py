@@ -50,19 +50,6 @@ def optimality_update(mdp: TabularMDP, v: Float[Tensor, " S"]) -> Float[Tensor, 
     return action_values(mdp, v).amax(dim=1)  # (eq:vpi-optimality)
 
 
-def greedy_policy(q: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
-    r"""Take the first action of greatest value in every state: one 1 in each row of pi(a|s).
-
-    Example:
-        >>> greedy_policy(torch.tensor([[0.0, 2.0, 2.0]]))
-        tensor([[0., 1., 0.]])
-
-    Reference:
-        Zhao (2025), Theorem 3.5.
-    """
-    return torch.nn.functional.one_hot(q.argmax(dim=1), q.shape[1]).to(q.dtype)
-
-
 def greedy_actions(q: Float[Tensor, "S A"], *, tolerance: float = 1e-9) -> Bool[Tensor, "S A"]:
     r"""Mark all actions whose value is the greatest, up to rounding.
 
@@ -78,6 +65,24 @@ def greedy_actions(q: Float[Tensor, "S A"], *, tolerance: float = 1e-9) -> Bool[
         tensor([[False,  True,  True]])
     """
     return q >= q.amax(dim=1, keepdim=True) - tolerance
+
+
+def greedy_policy(q: Float[Tensor, "S A"], *, tolerance: float = 1e-9) -> Float[Tensor, "S A"]:
+    r"""Take the first of the greedy actions in every state: one 1 in each row of pi(a|s).
+
+    Args:
+        q: Action values.
+        tolerance: As in `greedy_actions`, so that rounding does not decide between equal actions.
+
+    Example:
+        >>> greedy_policy(torch.tensor([[0.0, 2.0, 2.0]]))
+        tensor([[0., 1., 0.]])
+
+    Reference:
+        Zhao (2025), Theorem 3.5.
+    """
+    first = greedy_actions(q, tolerance=tolerance).int().argmax(dim=1)
+    return torch.nn.functional.one_hot(first, q.shape[1]).to(q.dtype)
 
 
 def value_iteration(
@@ -225,7 +230,8 @@ def policy_iteration(
         better = q.amax(dim=1) > values[-1] + tolerance
         if not better.any():
             return PolicyIteration(torch.stack(policies), torch.stack(values))
-        policies.append(torch.where(better[:, None], greedy_policy(q), policies[-1]))
+        greedy = greedy_policy(q, tolerance=tolerance)
+        policies.append(torch.where(better[:, None], greedy, policies[-1]))
         values.append(policy_evaluation(mdp, policies[-1]))
 
 
