@@ -535,7 +535,12 @@ def _find_copy(run: PageRun, block: Block, record: dict[str, Any]) -> dict[str, 
     prints_the_same: dict[str, Any] | None = None
     state = run.ran[block.index].state
     for copy, libraries in candidates(run.site, run.blocks[: block.index]):
-        found = {"level": copy.level, "sha256": copy.sha256, "libraries": libraries}
+        found = {
+            "level": copy.level,
+            "sha256": copy.sha256,
+            "code": copy.code,
+            "libraries": libraries,
+        }
         failed, ran = _try_copy(run, block, copy, record["outputs"])
         if failed is None and (ran.state == state or block.kind != "code"):
             return found

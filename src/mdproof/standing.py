@@ -1,12 +1,12 @@
 """How a page stands: what of it is proven now, how, with which versions, and what is excused."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from markdown import Markdown
 
-from mdproof.block import Block, excuses
+from mdproof.block import excuses
+from mdproof.checks import checks_nothing
 from mdproof.collect import collect
 from mdproof.copy import stale_reasons
 from mdproof.errors import PageError
@@ -66,9 +66,6 @@ class Standing:
     unchecked: tuple[int, ...] = ()
 
 
-find_unchecked: Callable[[Site, Sequence[Block]], Sequence[int]] = lambda site, blocks: ()  # noqa: E731
-"""Returns the numbers of the blocks that check nothing; the rule for it lives elsewhere."""
-
 _ORDER = ("cpu", "interpreter", "compiled", "device")
 
 
@@ -91,7 +88,6 @@ def read_standing(site: Site, page: str, md: Markdown | None = None) -> Standing
         for block in blocks
         for kind, reason in excuses(block.options).items()
     )
-    unchecked = tuple(find_unchecked(site, blocks))
     try:
         proof = load_proof(site, page)
     except ForgedError as error:
@@ -99,6 +95,11 @@ def read_standing(site: Site, page: str, md: Markdown | None = None) -> Standing
         return Standing(page, "forged", len(blocks), problem=problem, excuses=made)
     reasons = stale_reasons(site, blocks, proof)
     records = proof.blocks if proof else []
+    unchecked = tuple(
+        block.index
+        for block, record in zip(blocks, records, strict=False)
+        if checks_nothing(block, record, blocks[block.index :])
+    )
     stale = {block.index: why for block, why in zip(blocks, reasons, strict=True) if why}
     holds = [
         record
