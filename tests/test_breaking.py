@@ -23,6 +23,14 @@ BREAKS = {
         "identity - mdp.discount * P_pi, r_pi)",
         "identity + mdp.discount * P_pi, r_pi)",
     ),
+    "reinforcement_learning/value_policy_iteration": (
+        "climbed - potential[:, None]",
+        "climbed + potential[:, None]",
+    ),
+    "reinforcement_learning/monte_carlo": (
+        "G = r + discount * G  # (eq:rl-return)",
+        "G = r - discount * G  # (eq:rl-return)",
+    ),
     "deep_learning/adamw": (
         "shrunk = (1 - lr * weight_decay) * theta",
         "shrunk = (1 + lr * weight_decay) * theta",
