@@ -27,6 +27,10 @@ BREAKS = {
         "climbed - potential[:, None]",
         "climbed + potential[:, None]",
     ),
+    "reinforcement_learning/stochastic_approximation": (
+        "path[-1] - a * g_noisy(path[-1])",
+        "path[-1] + a * g_noisy(path[-1])",
+    ),
     "reinforcement_learning/monte_carlo": (
         "G = r + discount * G  # (eq:rl-return)",
         "G = r - discount * G  # (eq:rl-return)",
