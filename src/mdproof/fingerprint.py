@@ -7,6 +7,7 @@ content (a function, a figure, a file) by its name. Only the standard library is
 
 import hashlib
 import itertools
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -75,13 +76,11 @@ def _bytes(value: Any) -> str | None:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return None
     read = getattr(value, "tobytes", None)
-    if read is None and hasattr(value, "contiguous"):
-        flat = value.contiguous()
-        storage = flat.untyped_storage()
-        start = flat.storage_offset() * flat.element_size()
-        data = bytes(storage)[start : start + flat.numel() * flat.element_size()]
-    elif read is not None:
+    torch = sys.modules.get("torch")  # there if the page has imported it
+    if read is not None:
         data = read()
+    elif torch is not None and isinstance(value, torch.Tensor):
+        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     else:
         return None
     return f"{tuple(value.shape)}{value.dtype}{hashlib.sha256(data).hexdigest()}"

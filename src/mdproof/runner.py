@@ -327,6 +327,7 @@ def page_job(site: Site, page: str, blocks: Sequence[Block]) -> dict[str, Any]:
         "packages": list(site.packages),
         "record": True,
         "offline": True,
+        "allowed": [warning for warning, _ in site.allowed_warnings],
         "blocks": [
             {
                 "index": block.index,
@@ -386,6 +387,7 @@ def copy_job(site: Site, text: str, split: int, block: Block, folder: Path) -> d
         "root": str(site.root),
         "packages": list(site.packages),
         "offline": True,
+        "allowed": [warning for warning, _ in site.allowed_warnings],
         "blocks": [
             {
                 "index": block.index,

@@ -47,6 +47,12 @@ class Site:
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
+    def allowed_warnings(self) -> tuple[tuple[str, str], ...]:
+        """Beginnings of the deprecations inside of libraries that fail no page, each with why."""
+        entries = self.settings.get("allow_warnings", ())
+        return tuple((entry["warning"], entry["reason"]) for entry in entries)
+
+    @property
     def proofs(self) -> Path:
         """The folder of recorded results."""
         return self.docs / "proofs"
@@ -97,6 +103,7 @@ _SETTINGS: dict[str, type] = {
     "types": str,
     "types_ignore": list,
     "floors": list,
+    "allow_warnings": list,
 }
 """What `[tool.mdproof]` may hold."""
 
@@ -124,7 +131,19 @@ def _read_project(file: Path) -> dict[str, Any]:
             raise PageError(
                 file.name, line, f"[tool.mdproof] {key} is {value!r}; known are {known}"
             )
+        if key == "allow_warnings" and not all(map(_is_excuse, value)):
+            what = 'each entry is { warning = "Category: text", reason = "..." }'
+            raise PageError(file.name, line, f"[tool.mdproof] {key}: {what}")
     return project
+
+
+def _is_excuse(entry: Any) -> bool:
+    """Tell whether an entry names a warning and says why it is no failure."""
+    return (
+        isinstance(entry, dict)
+        and set(entry) == {"warning", "reason"}
+        and all(isinstance(text, str) and text.strip() for text in entry.values())
+    )
 
 
 def _line_of(text: str, key: str) -> int:

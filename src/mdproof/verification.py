@@ -43,6 +43,8 @@ _WORDS: dict[str, dict[str, str]] = {
         "excuses": "例外与理由",
         "excuses_about": "这些代码段不运行、不比对，或者少验证一样东西；理由写在各段的首行。",
         "no_excuses": "全站没有不运行或不比对的代码段。",
+        "allowed": "全站放行的警告",
+        "allowed_about": "依赖的库在自己内部发出、页面改不了的弃用警告；其余的弃用警告一律算失败。",
         "unchecked": "没有检验的代码段",
         "unchecked_about": "这些代码段运行过，却没有打印、断言或画出读者能核对的东西。",
     },
@@ -75,6 +77,8 @@ _WORDS: dict[str, dict[str, str]] = {
         "excuses_about": "Less is verified of these blocks than of others; the reason stands "
         "in the first line of each.",
         "no_excuses": "Every block of this site is run and compared.",
+        "allowed": "Warnings that fail no page",
+        "allowed_about": "Deprecations inside of libraries that no page can mend. Others fail.",
         "unchecked": "Blocks that check nothing",
         "unchecked_about": "These blocks ran, and show nothing that a reader could check.",
     },
@@ -116,6 +120,11 @@ def write_verification(
                     else f"- {where} ({line}), {kind}{words['colon']}{escape(excuse.reason)}"
                 )
             lines.append("")
+    if site.allowed_warnings:
+        lines += [f"## {words['allowed']} {{#warnings}}", "", words["allowed_about"], ""]
+        for warning, reason in site.allowed_warnings:
+            lines.append(f"- <code>{escape(warning)}</code>{words['colon']}{escape(reason)}")
+        lines.append("")
     return [*lines, *_unchecked(site, standings, words, to_page, to_block)]
 
 

@@ -155,6 +155,32 @@ def test_a_deprecation_inside_a_library_fails_unless_excused(sample: Sample, cat
     assert failure(sample, code, options=f'warns="{category}: fixed upstream"') == ""
 
 
+def test_a_site_may_let_a_librarys_deprecation_pass_and_its_own_never(sample: Sample) -> None:
+    from mdproof.site import load_site
+
+    file = sample.root / "pyproject.toml"
+    entry = 'allow_warnings = [{ warning = "FutureWarning: gone", reason = "upstream" }]\n'
+    file.write_text(file.read_text(encoding="utf-8") + entry, encoding="utf-8")
+    assert load_site(sample.root).allowed_warnings == (("FutureWarning: gone", "upstream"),)
+    assert failure(sample, LIBRARY.format(category="FutureWarning")) == ""
+    own = "import warnings\nwarnings.warn('gone', FutureWarning)"
+    assert failure(sample, own) == "warns: FutureWarning: gone"
+
+
+@pytest.mark.parametrize(
+    "entry", ['"FutureWarning"', '{ warning = "a" }', '{ warning = "", reason = "b" }']
+)
+def test_an_allowed_warning_without_a_reason_is_refused(sample: Sample, entry: str) -> None:
+    from mdproof.site import _read_project
+
+    file = sample.root / "pyproject.toml"
+    file.write_text(f"[tool.mdproof]\nallow_warnings = [{entry}]\n", encoding="utf-8")
+    message = 'allow_warnings: each entry is { warning = "Category: text", reason = "..." }'
+    with pytest.raises(PageError) as raised:
+        _read_project(file)
+    assert str(raised.value) == f"pyproject.toml:2: [tool.mdproof] {message}"
+
+
 def test_another_warning_inside_a_library_is_the_librarys_business(sample: Sample) -> None:
     assert failure(sample, LIBRARY.format(category="RuntimeWarning")) == ""
 
