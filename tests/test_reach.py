@@ -111,6 +111,8 @@ def test_no_page_that_reaches_a_function_is_missed_and_few_others_are_run(tmp_pa
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     scratch = dataclasses.replace(SITE, source=(tmp_path / "src",))
     blocks = {page: collect(SITE, page, md).blocks for page in pages}
+    for page in pages:
+        assert not any(staleness(scratch, blocks[page], proofs[page])), f"{page} is stale itself"
     reached, missed, extra = 0, [], []
     for file in sorted(PACKAGE.glob("*/*.py")):
         below = file.relative_to(ROOT / "src")
