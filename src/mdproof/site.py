@@ -163,7 +163,8 @@ def _load_site(config: Path) -> Site:
     project = _read_project(root / "pyproject.toml")
     settings = project.get("tool", {}).get("mdproof", {})
     # A site that has declared articles watches over every fence; another may have old ones.
-    settings.setdefault("require_language", bool(settings.get("articles")))
+    strict = bool(settings.get("articles")) and not settings.get("lenient", False)
+    settings.setdefault("require_language", strict)
     lock = settings.get("lock")
     theme = mkdocs.get("theme") or {}
     return Site(
