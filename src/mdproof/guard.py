@@ -1,8 +1,8 @@
-"""What a page may not do while it runs: reach the network. Only the standard library is used here.
+"""What a page may not do while it runs: reach the network, or write into the repository.
 
-Two fences: an audit hook names the host and the block, and where the kernel allows it the page's
-process has a network of its own in which only the loopback exists, which holds for programs that it
-starts, in whatever language.
+Two fences keep off the network: an audit hook names the host and the block, and where the kernel
+allows it the page's process has a network of its own in which only the loopback exists, which holds
+for programs that it starts, in whatever language. Only the standard library is used here.
 """
 
 import contextlib
@@ -19,6 +19,12 @@ _NEWNET, _NEWUSER = 0x40000000, 0x10000000
 _GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 0x1
 _BY_ADDRESS = frozenset({"socket.connect", "socket.sendto", "socket.sendmsg"})
 _BY_NAME = frozenset({"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"})
+
+_CHANGING = {
+    "os.remove": 1, "os.rename": 2, "os.rmdir": 1, "os.mkdir": 1, "os.truncate": 1, "os.link": 2,
+    "os.symlink": 2, "os.chmod": 1, "shutil.rmtree": 1, "shutil.move": 2,
+}  # fmt: skip
+"""Events that change files, and how many of their arguments are paths."""
 
 CLOSED = "MDPROOF_OFFLINE"
 """The variable that tells a Python that a page starts to keep off the network, too."""
@@ -69,6 +75,36 @@ class NetworkGuard:
             name = host.decode(errors="replace") if isinstance(host, bytes) else str(host)
             self.attempts.append(name + (f":{port}" if port is not None else ""))
             raise NetworkError(refusal(self.attempts[-1]))
+
+
+class Guard(NetworkGuard):
+    """Refuses the network, and writing below a folder; remembers both.
+
+    Args:
+        root: The repository, which a page may read.
+        folder: The page's own folder, in which it may write wherever it lies.
+    """
+
+    def __init__(self, root: str, folder: str) -> None:
+        self.written: list[str] = []
+        self._roots = tuple({f"{root}{os.sep}", os.path.realpath(root) + os.sep})
+        self._folder = os.path.realpath(folder) + os.sep
+        super().__init__()
+
+    def _audit(self, event: str, args: tuple[Any, ...]) -> None:
+        super()._audit(event, args)
+        if event == "open":
+            flags = args[2] if len(args) > 2 and isinstance(args[2], int) else 0
+            paths = args[:1] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else ()
+        else:
+            paths = args[: _CHANGING.get(event, 0)]
+        for path in paths:
+            if isinstance(path, str | bytes | os.PathLike):
+                full = os.path.realpath(os.fsdecode(path))
+                ours = full.startswith(self._roots) and not full.startswith(self._folder)
+                if ours and f"{os.sep}__pycache__{os.sep}" not in full:
+                    self.written.append(full[len(self._roots[0]) :])
+                    raise PermissionError(f"a page does not write into the repository: {full}")
 
 
 def refusal(place: str) -> str:

@@ -8,6 +8,7 @@ importing or running anything, so a build can tell a fresh proof from a stale on
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,9 @@ from mdproof.site import Site
 from mdproof.skeleton import module_digest
 
 SCHEMA = 2
+
+_ABANDONED = 3600.0
+"""Seconds after which a file that was begun and not finished is nobody's."""
 
 _LOCKED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", re.MULTILINE)
 _SUFFIX = re.compile(r"\.[a-z]{2}(?:-[A-Za-z]{2,4})?$")
@@ -122,6 +127,11 @@ def save_proof(site: Site, proof: Proof) -> None:
     """Write a page's proof, whole or not at all."""
     record: dict[str, Any] = {"schema": SCHEMA, "page": proof.page, "blocks": proof.blocks}
     record["seal"] = _seal(record)
+    file = proof_file(site, proof.page)
+    for left in file.parent.glob(f".{file.name}.*"):  # of an engine that was killed while writing
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
     write_text(
         proof_file(site, proof.page), json.dumps(record, ensure_ascii=False, indent=1) + "\n"
     )

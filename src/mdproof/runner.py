@@ -31,6 +31,7 @@ MEMORY = 6144
 """MiB that a page may allocate beyond what its process starts with."""
 
 _GRACE = 5.0
+_WORKER_ENDED = "the block ended the process that runs its page"
 _LOOK = 0.3
 """Seconds between two looks at the processes of a page that says nothing."""
 
@@ -173,7 +174,9 @@ class Server:
             if left <= 0:
                 return None
             if not select.select([self._process.stdout], [], [], min(left, _LOOK))[0]:
-                too_much = excess(self._job, MEMORY) if self._job else ""
+                if self._process.poll() is not None:
+                    return {"event": "excess", "cause": _WORKER_ENDED}
+                too_much = excess(self._process.pid, MEMORY) if self._job else ""
                 if too_much:
                     return {"event": "excess", "cause": too_much}
                 continue
@@ -185,6 +188,8 @@ class Server:
         with contextlib.suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict) and event.pop("token", None) == self._token:
+                if event["event"] == "done" and self._process.poll() is not None:
+                    return {"event": "excess", "cause": _WORKER_ENDED}
                 return event
         return {"event": "excess", "cause": "the block writes into the channel of its results"}
 
@@ -242,8 +247,11 @@ class Server:
                 continue
             if event["event"] == "excess":
                 cause = cause or event["cause"]
-                end_descendants(self._job)
+                end_descendants(process.pid)
                 self._end_job()
+                if process.poll() is not None:
+                    self._end()
+                    break
                 deadline = page_end = time.monotonic() + _GRACE
             elif event["event"] == "forked":
                 self._job = event["pid"]
@@ -260,6 +268,7 @@ class Server:
                 self._job = 0
                 break
             elif event["event"] == "lost":
+                cause = cause or (_WORKER_ENDED if current is not None else "")
                 self._end()
                 break
         if current is None and not done and blocks:

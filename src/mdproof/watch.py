@@ -11,7 +11,7 @@ from pathlib import Path
 PROCESSES = 200
 """Processes that a page may have at one time."""
 
-_SUBREAPER = 36
+_SUBREAPER, _PARENT_DEATH = 36, 1
 
 
 def adopt_orphans() -> None:
@@ -45,15 +45,15 @@ def descendants(root: int) -> dict[int, int]:
     return found
 
 
-def excess(job: int, memory: int) -> str:
+def excess(worker: int, memory: int) -> str:
     """Return what a page has too much of, "" if it keeps within its limits.
 
     Args:
-        job: The page's process.
-        memory: MiB that the processes it starts may hold together.
+        worker: The page's worker, to which whatever the page disowns comes back.
+        memory: MiB that the page's processes may hold together.
     """
     with contextlib.suppress(OSError):
-        found = descendants(job)
+        found = descendants(worker)
         if len(found) > PROCESSES:
             return f"starts more than {PROCESSES} processes"
         if sum(found.values()) > memory << 20:
@@ -61,8 +61,20 @@ def excess(job: int, memory: int) -> str:
     return ""
 
 
-def end_descendants(root: int, *, patience: float = 5.0) -> None:
-    """Kill everything that comes from a process, and not the process itself, until none is left."""
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the thread that forked it ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL, 0, 0, 0)
+
+
+def end_descendants(root: int, *, patience: float = 5.0, reap: bool = False) -> None:
+    """Kill everything that comes from a process, and not the process itself, until none is left.
+
+    Args:
+        root: The process.
+        patience: Seconds after which it is given up.
+        reap: Whether to take the exit codes of this process's own children, whoever they are.
+    """
     end, empty = time.monotonic() + patience, 0
     while empty < 2 and time.monotonic() <= end:
         found: dict[int, int] = {}
@@ -72,7 +84,7 @@ def end_descendants(root: int, *, patience: float = 5.0) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
+            while reap and os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         # One whose parent died while we looked belongs to nobody just then: look twice.
         empty = 0 if found else empty + 1

@@ -32,11 +32,11 @@ from typing import Any
 
 from mdproof import figures
 from mdproof.fingerprint import fingerprint
-from mdproof.guard import CLOSED, NetworkGuard, leave_network, refusal
+from mdproof.guard import CLOSED, Guard, leave_network, refusal
 from mdproof.meanings import Meanings
 from mdproof.names import read_program
 from mdproof.reach import Recorder, audit_files
-from mdproof.watch import adopt_orphans, end_descendants
+from mdproof.watch import adopt_orphans, die_with_parent, end_descendants
 
 OUTPUT_LIMIT = 100_000
 """Characters that one block may print."""
@@ -69,7 +69,8 @@ class Page:
         if "log" in job:
             self.recorder = Recorder(Path(job["root"]), self.packages, Path(job["log"]))
             audit_files(self.recorder.root, self.recorder.opened)
-        self.guard = NetworkGuard() if job.get("offline") else None
+        self.guard = Guard(job["root"], os.getcwd()) if job.get("offline") else None
+        self._threads: dict[threading.Thread, int] = {}
         self._told: set[str] = set()
         self.state: dict[str, str] = {}
         self.launches: list[Any] | None = None
@@ -101,6 +102,7 @@ class Page:
         if self.guard is not None:
             self.guard.allowed = bool(block.get("network"))
             self.guard.attempts.clear()
+            os.environ[CLOSED] = "" if self.guard.allowed else "1"  # for Pythons that it starts
         with (
             warnings.catch_warnings(record=True) as caught,
             contextlib.redirect_stdout(out),
@@ -287,16 +289,21 @@ class Page:
     def _overstepped(self, told: io.StringIO, block: dict[str, Any]) -> dict[str, Any] | None:
         """Turn what a block must not do, and did without an error, into a failure."""
         message = ""
+        if self.guard is not None and self.guard.written:
+            message = f"writes into the repository: {self.guard.written[0]}"
         if self.guard is not None and self.guard.attempts and not block.get("network"):
             message = refusal(self.guard.attempts[0])
         text = "" if told.closed else told.getvalue().strip()
         if text and "stderr" not in block.get("warns", ()):
             message = f"writes to sys.stderr: {text.splitlines()[0][:80]!r}"
+        alive = [t for t in threading.enumerate() if not t.daemon]
+        for thread in alive:
+            self._threads.setdefault(thread, block["index"])
         if block is self.job["blocks"][-1]:
-            left = [t for t in threading.enumerate() if not t.daemon]
-            names = [t.name for t in left if t is not threading.main_thread()]
-            if names:
-                message = f"leaves a thread running: {names[0]}"
+            left = [t for t in alive if t is not threading.main_thread()]
+            if left:
+                begun = f"block {self._threads[left[0]]}"
+                message = f"leaves a thread running: {left[0].name}, begun in {begun}"
         return self._explain(_FailedError(message), block) if message else None
 
     def _reached(self) -> dict[str, list[str]]:
@@ -434,6 +441,8 @@ def _limit_memory(mebibytes: int) -> None:
 
 def _child(job: dict[str, Any], channel: int, stderr: int) -> None:
     os.setsid()
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(int(job["seconds"]))  # should whoever watches the time be gone
     with open(os.devnull, "rb") as null:
@@ -465,10 +474,8 @@ def _child(job: dict[str, Any], channel: int, stderr: int) -> None:
 
     with tempfile.TemporaryDirectory(prefix="mdproof-") as folder:
         os.chdir(folder)
-        if job.get("offline"):
-            os.environ[CLOSED] = "1"
-            if not any(block.get("network") for block in job["blocks"]):
-                leave_network()
+        if job.get("offline") and not any(block.get("network") for block in job["blocks"]):
+            leave_network()
         if job["memory"]:
             _limit_memory(job["memory"])
         sys.argv = [job["file"]]
@@ -487,6 +494,19 @@ def _expected(error: dict[str, Any], block: dict[str, Any]) -> bool:
     return bool(block.get("raises")) and block["raises"] in error["kinds"]
 
 
+def _wait(pid: int) -> int:
+    """Return the status that a page ends with; end it, and this process, if the engine is gone."""
+    engine = os.getppid()
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        if os.getppid() != engine:
+            end_descendants(os.getpid(), reap=True)
+            os._exit(1)
+        signal.sigtimedwait({signal.SIGCHLD}, 1.0)
+
+
 def _announce(channel: int, job: dict[str, Any], **event: Any) -> None:
     event["token"] = job.get("token", "")
     os.write(channel, json.dumps(event).encode() + b"\n")
@@ -496,6 +516,7 @@ def serve(libraries: list[str]) -> None:
     """Read jobs until standard input closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever gives the jobs ends them
     adopt_orphans()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # `_wait` waits for it
     channel = os.dup(1)
     os.dup2(2, 1)
     for name in libraries:
@@ -516,10 +537,10 @@ def serve(libraries: list[str]) -> None:
                 os._exit(status)
         os.close(stderr)
         _announce(channel, job, event="forked", pid=pid)
-        _, status = os.waitpid(pid, 0)
+        status = _wait(pid)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)  # what the page left running
-        end_descendants(os.getpid())  # and what has left its group
+        end_descendants(os.getpid(), reap=True)  # and what has left its group
         code = os.waitstatus_to_exitcode(status)
         _announce(channel, job, event="exit", status=code)
 
