@@ -27,6 +27,10 @@ BREAKS = {
         "climbed - potential[:, None]",
         "climbed + potential[:, None]",
     ),
+    "reinforcement_learning/temporal_difference": (
+        "values[s] -= step(visits[s]) * (values[s] - target)",
+        "values[s] += step(visits[s]) * (values[s] - target)",
+    ),
     "reinforcement_learning/stochastic_approximation": (
         "path[-1] - a * g_noisy(path[-1])",
         "path[-1] + a * g_noisy(path[-1])",

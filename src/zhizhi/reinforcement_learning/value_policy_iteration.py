@@ -222,7 +222,7 @@ def policy_iteration(
         tensor([[0., 2.]])
 
     Reference:
-        Howard (1960); Zhao (2025), Algorithm 4.2.
+        Zhao (2025), Algorithm 4.2; named policy iteration by Howard (1960), from memory.
     """
     policies, values = [policy], [policy_evaluation(mdp, policy)]
     while True:
