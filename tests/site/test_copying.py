@@ -63,6 +63,7 @@ def test_copying_works_where_the_clipboard_is_not_offered(open_page: Open) -> No
 def test_copying_works_after_instant_navigation_and_by_keyboard(open_page: Open) -> None:
     page = open_with_clipboard(open_page, "")
     page.evaluate("window.sameDocument = true")
+    page.locator(".md-tabs a", has_text="大模型").first.click()  # home shows the latest only
     page.locator("a.article-title[href*='dpo']").first.click()
     button = page.locator(".mdproof-actions .mdproof-copy").first
     button.wait_for()
