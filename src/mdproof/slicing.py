@@ -221,6 +221,15 @@ def _own(node: ast.AST) -> Iterable[ast.AST]:
         yield from _own(child)
 
 
+def _targets(node: ast.AST) -> Sequence[ast.expr]:
+    """Return what a statement assigns to or deletes."""
+    if isinstance(node, ast.Assign | ast.Delete):
+        return node.targets
+    if isinstance(node, ast.AugAssign | ast.AnnAssign | ast.For | ast.AsyncFor):
+        return (node.target,)
+    return ()
+
+
 def _changes(node: ast.stmt, *, is_last: bool) -> tuple[set[str], set[str]]:
     """Return the names whose objects a statement changes, surely and possibly.
 
@@ -232,11 +241,7 @@ def _changes(node: ast.stmt, *, is_last: bool) -> tuple[set[str], set[str]]:
         return surely, possibly
     compound = not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr)
     for part in _own(node):
-        targets: Sequence[ast.expr] = ()
-        if isinstance(part, ast.Assign | ast.Delete):
-            targets = part.targets
-        elif isinstance(part, ast.AugAssign | ast.AnnAssign | ast.For | ast.AsyncFor):
-            targets = (part.target,)
+        targets = _targets(part)
         for target in targets:
             for inner in ast.walk(target):
                 if isinstance(inner, ast.Attribute | ast.Subscript):
@@ -284,11 +289,7 @@ def _tight_changes(node: ast.stmt, *, is_last: bool) -> tuple[set[str], set[str]
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return sets, by_call
     for part in _own(node):
-        targets: Sequence[ast.expr] = ()
-        if isinstance(part, ast.Assign | ast.Delete):
-            targets = part.targets
-        elif isinstance(part, ast.AugAssign | ast.AnnAssign | ast.For | ast.AsyncFor):
-            targets = (part.target,)
+        targets = _targets(part)
         for target in targets:
             inner = [n for n in ast.walk(target) if isinstance(n, ast.Attribute | ast.Subscript)]
             sets |= {name for name in map(_base, inner) if name}
