@@ -101,7 +101,9 @@ class Guard(NetworkGuard):
         for path in paths:
             if isinstance(path, str | bytes | os.PathLike):
                 full = os.path.realpath(os.fsdecode(path))
-                ours = full.startswith(self._roots) and not full.startswith(self._folder)
+                ours = full.startswith(self._roots) and not f"{full}{os.sep}".startswith(
+                    self._folder
+                )
                 if ours and f"{os.sep}__pycache__" not in full:  # Python keeps bytecode there
                     self.written.append(full[len(self._roots[0]) :])
                     raise PermissionError(f"a page does not write into the repository: {full}")
