@@ -255,7 +255,7 @@ def balanced_segments(sizes: Sequence[float], *, n_segments: int) -> list[slice]
         ValueError: If there are fewer layers than segments, or no segment.
 
     Example:
-        >>> [s.stop for s in balanced_segments([8, 8, 1, 1, 1, 1], n_segments=3)]
+        >>> [s.stop for s in balanced_segments([8.0, 8.0, 1.0, 1.0, 1.0, 1.0], n_segments=3)]
         [1, 2, 6]
     """
     L = len(sizes)
