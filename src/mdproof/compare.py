@@ -2,8 +2,18 @@
 
 import math
 import re
+from difflib import unified_diff
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?(?![\w])(?!\.\d)")
+# A unit may stick to a number with a point, as in 1.25ms; v1.2, 2.0rc1, 0x1f and sm_80 are words.
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:"
+    r"(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?(?=(?:[^\W\d_]{0,4})(?!\w))"
+    r"|\d+(?:[eE][-+]?\d+)?(?!\w)"
+    r")(?!\.\d)"
+)
+
+# What stands between the brackets of an array of numbers: 1.5e-3, nan, inf, True, 2j and "...".
+_IN_ARRAY = frozenset("0123456789+-.,[] \neEnaifTruFlsj")
 
 _ELEMENT = r"""(?:'[^'\\]*'|"[^"\\]*"|[-+]?\d+)"""
 _SET = re.compile(rf"\{{({_ELEMENT}(?:, {_ELEMENT})+)\}}")
@@ -23,10 +33,13 @@ def _ordered_sets(line: str) -> str:
 
 
 def _unit(text: str) -> float:
-    """Return one unit of the last printed digit: 0.01 for 3.14, 1e-7 for 1.5e-6."""
+    """Return one unit of the last printed decimal: 0.01 for 3.14, 1e-7 for 1.5e-6, 0 for 4.
+
+    NumPy and torch print `4.` where nothing was rounded away.
+    """
     mantissa, _, exponent = text.lower().partition("e")
     decimals = len(mantissa.partition(".")[2])
-    return 10.0 ** (int(exponent or 0) - decimals)
+    return 10.0 ** (int(exponent or 0) - decimals) if decimals or exponent else 0.0
 
 
 def _is_integer(text: str) -> bool:
@@ -58,13 +71,44 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
+def _unwrapped(text: str) -> str:
+    """Return a text with every array of numbers, however its rows are broken, on one line."""
+    parts: list[str] = []
+    at = 0
+    while (start := text.find("[", at)) >= 0:
+        parts.append(text[at:start])
+        at = end = start
+        depth = 0
+        while end < len(text) and text[end] in _IN_ARRAY:
+            depth += (text[end] == "[") - (text[end] == "]")
+            end += 1
+            if depth == 0:
+                at = end
+                break
+        at = max(at, start + 1)
+        inside = text[start:at]
+        parts.append(" ".join(inside.split()) if "\n" in inside else inside)
+    return "".join([*parts, text[at:]])
+
+
 def first_difference(recorded: str, new: str, *, rtol: float) -> tuple[str, str] | None:
     """Return the first pair of lines that disagree, or None.
 
-    White space at line ends and the width of runs of blanks (a column of numbers may grow by a
-    sign) are not compared.
+    White space at line ends, the width of runs of blanks (a column of numbers may grow by a sign)
+    and where the rows of an array of numbers are broken are not compared.
     """
-    old_lines, new_lines = _lines(recorded), _lines(new)
+    difference = _first_difference(_lines(recorded), _lines(new), rtol=rtol)
+    if difference is None:
+        return None
+    old_lines, new_lines = _lines(_unwrapped(recorded)), _lines(_unwrapped(new))
+    if _first_difference(old_lines, new_lines, rtol=rtol) is None:
+        return None
+    return difference
+
+
+def _first_difference(
+    old_lines: list[str], new_lines: list[str], *, rtol: float
+) -> tuple[str, str] | None:
     for old, now in zip(old_lines, new_lines, strict=False):
         if not _same_line(old, now, rtol=rtol):
             return old, now
@@ -85,6 +129,21 @@ def _same_line(old: str, new: str, *, rtol: float) -> bool:
         return False
     pairs = zip(_NUMBER.findall(old), _NUMBER.findall(new), strict=True)
     return all(same_number(a, b, rtol=rtol) for a, b in pairs)
+
+
+def text_diff(recorded: str, new: str) -> str:
+    """Return a unified diff of two outputs without its header, "" if they are the same."""
+    pair = (_lines(recorded), _lines(new))
+    return "\n".join(list(unified_diff(*pair, n=1, lineterm=""))[2:])
+
+
+_ADDRESS = re.compile(r"<[^<>\n]* at 0x[0-9a-fA-F]{6,}[^<>\n]*>")
+
+
+def address_in(text: str) -> str:
+    """Return the first object that an output shows by its address, which no two runs share."""
+    found = _ADDRESS.search(text)
+    return found[0] if found else ""
 
 
 _IMAGE = re.compile(r'"data:image/png;base64,[^"]*"')

@@ -12,7 +12,7 @@ from typing import Any
 from mdproof import figures
 from mdproof.block import Block
 from mdproof.collect import Collected, collect, shown
-from mdproof.compare import first_difference, images, same_figure
+from mdproof.compare import address_in, first_difference, images, same_figure, text_diff
 from mdproof.copy import (
     Copy,
     candidates,
@@ -359,10 +359,13 @@ class Updated:
     Attributes:
         failures: By block, why it could not be proven; the proof is written only if there are none.
         written: Whether the proof file changed.
+        changes: By block, how what it shows differs from what was recorded: a diff of its text, and
+            the names of figures drawn anew. A block recorded for the first time is not among them.
     """
 
     failures: dict[int, Failure]
     written: bool = False
+    changes: dict[int, str] = field(default_factory=dict)
 
 
 def update_page(run: PageRun) -> Updated:
@@ -380,6 +383,7 @@ def update_page(run: PageRun) -> Updated:
         for block in run.blocks
         if (failure := run.failure_of(block)) is not None
     }
+    failures |= _with_addresses(run) if not failures else {}
     if failures:
         return Updated(failures)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -424,7 +428,35 @@ def update_page(run: PageRun) -> Updated:
         _remove_orphans(folder, records)
     except OSError as error:
         raise PageError(run.file, 1, f"its proof cannot be written: {error}") from None
-    return Updated({}, written=True)
+    return Updated({}, written=True, changes=_changes(run, records, drawings))
+
+
+def _with_addresses(run: PageRun) -> dict[int, Failure]:
+    """Return a failure for each block whose output shows where an object lies in memory."""
+    failures: dict[int, Failure] = {}
+    for block in run.blocks:
+        shows = "" if block.options.norun else address_in(run.ran[block.index].text())
+        if shows and not block.options.varies:
+            message = f"the output shows an address, {shows}, which differs in every run"
+            failures[block.index] = Failure(block.line, message)
+    return failures
+
+
+def _changes(
+    run: PageRun, records: Sequence[dict[str, Any]], drawings: dict[str, str]
+) -> dict[int, str]:
+    changes: dict[int, str] = {}
+    for block, record in zip(run.blocks, records, strict=True):
+        old = run.record(block)
+        if old is None:
+            continue
+        names = [out["name"] for out in record["outputs"] if out["type"] == "figure"]
+        drawn = [name for name in names if any(file.startswith(f"{name}.") for file in drawings)]
+        told = [text_diff(_text(old["outputs"]), _text(record["outputs"]))]
+        told += [f"figure {name} is drawn anew" for name in drawn]
+        if any(told):
+            changes[block.index] = "\n".join(part for part in told if part)
+    return changes
 
 
 def _compare_translation(run: PageRun) -> dict[int, Failure]:

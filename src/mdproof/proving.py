@@ -128,7 +128,8 @@ def _blocks(run: PageRun, updated: Updated) -> tuple[BlockResult, ...]:
                 BlockResult(block.index, block.line, "excused", message=block.options.norun)
             )
         else:
-            found.append(BlockResult(block.index, block.line, "passed", seconds))
+            change = updated.changes.get(block.index, "")
+            found.append(BlockResult(block.index, block.line, "passed", seconds, change=change))
     return tuple(found)
 
 

@@ -27,6 +27,23 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--update records outputs; it is refused in CI (CI is set)")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what `--update` recorded anew: which outputs changed, and how."""
+    from mdproof.reports import change_lines
+
+    changes = [
+        (test.nodeid, value)
+        for test in terminalreporter.stats.get("passed", [])
+        for name, value in test.user_properties
+        if name == "mdproof-change" and test.when == "call"
+    ]
+    if changes:
+        terminalreporter.section("recorded anew")
+    for place, change in changes:
+        for line in change_lines(place, str(change)):
+            terminalreporter.write_line(line)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the workers."""
     servers = config.stash.get(_SERVERS, None)
@@ -179,6 +196,9 @@ class _PageItem(pytest.Item):
         )
         if failure is not None:
             raise BlockFailed(failure)
+        change = page.record().changes.get(self.block.index) if page.update else None
+        if change and isinstance(self, BlockItem):
+            self.user_properties.append(("mdproof-change", change))
 
     def check(self, run: Any) -> Any:
         """Return why this item fails, or None."""

@@ -24,6 +24,7 @@ class BlockResult:
         seconds: Time that it took.
         message: Why it failed, or why it is excused.
         frames: Further places of a failure.
+        change: How what it shows now differs from what was recorded before.
     """
 
     block: int
@@ -32,6 +33,7 @@ class BlockResult:
     seconds: float = 0.0
     message: str = ""
     frames: tuple[str, ...] = ()
+    change: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,22 @@ class PageResult:
 
 
 def lines(result: PageResult) -> list[str]:
-    """Return the failures of a page as a terminal shows them."""
+    """Return the failures of a page, and what it shows anew, as a terminal shows them."""
     shown: list[str] = []
     for line, message, frames in result.failures():
         shown.append(f"{result.file}:{line}: {message}")
         shown += [f"  at {frame}" for frame in frames[-3:]]
+    for block in result.blocks:
+        if block.change:
+            shown += change_lines(f"{result.file}:{block.line}", block.change)
     return shown
+
+
+def change_lines(place: str, change: str) -> list[str]:
+    """Return how a block's output changed, as a terminal shows it: at most 12 lines of diff."""
+    diff = change.splitlines()
+    more = [f"  … {len(diff) - 12} more lines"] if len(diff) > 12 else []
+    return [f"{place}: shows something else now", *(f"  {line}" for line in diff[:12]), *more]
 
 
 def summary(results: Sequence[PageResult], seconds: float) -> str:

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdproof.compare import first_difference, same_figure, same_number
+from mdproof.compare import (
+    address_in,
+    first_difference,
+    same_figure,
+    same_number,
+    text_diff,
+)
 
 SAME = [
     ("loss 0.6931", "loss 0.6931"),
@@ -29,6 +35,14 @@ SAME = [
     ("1,234.56", "1,234.57"),
     ("-0.0", "0.0"),
     ("| a | 0.50 |", "|  a |  0.51 |"),
+    ("took 1.25ms", "took 1.26ms"),  # a unit sticks to its number
+    ("2.50x faster", "2.51x faster"),
+    ("1.50e+03GB", "1.5001e3GB"),
+    ("1.0+2.000j", "1.0+2.001j"),
+    ("0.50μs", "0.51μs"),
+    ("[1. 2. 3.\n 4.]", "[1. 2.\n 3. 4.]"),  # rows break where there is room
+    ("tensor([[1.0, 2.0],\n        [3.0, nan]])", "tensor([[1.0, 2.0], [3.0, nan]])"),
+    ("a [1.00, ...,\n 2.00] b\nc", "a [1.01, ..., 2.00] b\nc"),
 ]
 DIFFERENT = [
     ("loss 0.6931", "loss 0.6934"),
@@ -66,6 +80,17 @@ DIFFERENT = [
     ("97.31%", "97.31"),
     ("1.0+2.0j", "1.0+3.0j"),
     ("nan", "0.0"),
+    ("1.25ms", "1.25us"),
+    ("1.25ms", "1.29ms"),
+    ("80GB", "81GB"),
+    ("2.0rc1", "2.0rc2"),
+    ("2.0rc1", "2.1rc1"),
+    ("[1. 2. 3.\n 4.]", "[1. 2. 3. 5.]"),
+    ("[1. 2.]", "[1. 3.]"),
+    ("[1. 2. 3. 4.]", "[1. 2. 3. 4."),
+    ("[[1, 2],\n [3, 4]]", "[[1, 2, 3, 4]]"),
+    ("['a',\n 'b']", "['a', 'b']"),  # text is not an array
+    ("[0, 1)\na", "[0, 1) a"),
 ]
 
 
@@ -124,3 +149,39 @@ def test_a_set_printed_in_any_order_is_the_same_until_an_element_changes(
     assert first_difference(*braces, rtol=0.0) is None
     changed = "{" + repr([*one[1:], "z"])[1:-1] + "}"
     assert first_difference(braces[1], changed, rtol=0.0) is not None
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=12), st.integers(1, 40), st.randoms())
+def test_an_array_wrapped_anywhere_is_the_same_until_a_number_changes(
+    values: list[float], width: int, random: Random
+) -> None:
+    np = pytest.importorskip("numpy")
+    with np.printoptions(linewidth=width):
+        narrow = f"x = {np.array(values)}, end"
+    with np.printoptions(linewidth=1000):
+        wide = f"x = {np.array(values)}, end"
+        changed = list(values)
+        changed[random.randrange(len(values))] = 12345.5 if 12345.5 not in values else 54321.5
+        other = f"x = {np.array(changed)}, end"
+    assert first_difference(narrow, wide, rtol=0.0) is None
+    assert first_difference(narrow, other, rtol=1e-4) is not None
+
+
+def test_a_diff_shows_what_changed_and_one_line_around_it() -> None:
+    assert text_diff("a\nb\nc\nd\n", "a\nb\nc\ne") == "@@ -3,2 +3,2 @@\n c\n-d\n+e"
+    assert text_diff("a  \nb", "a\nb\n") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a <function f at 0x7f3a2b1c>\n", "<function f at 0x7f3a2b1c>"),
+        ("<__main__.A object at 0x7F3A2B1C4D50>", "<__main__.A object at 0x7F3A2B1C4D50>"),
+        ("[<A at 0x7f3a2b1c>, 1]", "<A at 0x7f3a2b1c>"),
+        ("address 0x7f3a2b1c", ""),
+        ("<b> 1 at 0x7f", ""),
+        ("x < y at 0x7f3a2b1c", ""),
+    ],
+)
+def test_an_object_shown_by_its_address_is_found(text: str, found: str) -> None:
+    assert address_in(text) == found

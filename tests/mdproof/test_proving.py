@@ -215,3 +215,35 @@ def test_pytests_own_junit_report_names_page_and_line(sample: Sample) -> None:
     failure = case.find("failure")
     assert failure is not None
     assert (failure.text or "").startswith("docs/page.md:8: ZeroDivisionError: division by zero")
+
+
+FIGURE = """```python alt="A line"
+import matplotlib.pyplot as plt
+
+figure, axes = plt.subplots()
+line = axes.plot([0, 1], [0, 1])
+figure
+```
+"""
+
+
+def test_what_is_recorded_anew_is_told(sample: Sample, capsys: pytest.CaptureFixture[str]) -> None:
+    sample.write(PAGE)
+    assert cli.main(["prove"]) == 0
+    assert "shows something else" not in capsys.readouterr().out
+    sample.write(PAGE.replace("a + 1", "'\\n'.join(map(str, range(30, 50)))"))
+    assert cli.main(["prove"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("docs/page.md:7: shows something else now")
+    assert lines[at + 1 : at + 4] == ["  @@ -1 +1,20 @@", "  -2", "  +30"]
+    assert lines[at + 13] == "  … 10 more lines"
+    assert lines[at + 14].startswith("1 proven, ")
+    sample.write(FIGURE)
+    assert cli.main(["prove"]) == 0
+    sample.write(FIGURE.replace("[0, 1])", "[1, 0])"))
+    capsys.readouterr()
+    assert cli.main(["prove"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("docs/page.md:1: shows something else now")
+    assert lines[at + 1].startswith("  figure ")
+    assert lines[at + 1].endswith(" is drawn anew")

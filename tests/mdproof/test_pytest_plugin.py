@@ -96,6 +96,32 @@ def test_stale_and_update_prove_only_what_changed(sample: Sample) -> None:
     assert changed == ["page.json"]
 
 
+def test_update_says_what_it_recorded_anew(sample: Sample) -> None:
+    sample.write(PAGE)
+    first = run(sample, "docs", "--update")
+    assert "recorded anew" not in first.stdout  # nothing was recorded before
+    sample.write(PAGE.replace("a + 1", "a + 2"))
+    out = run(sample, "docs", "--update", "-n", "2").stdout
+    (shown,) = out.split("= recorded anew =")[1:]
+    assert shown.strip("= \n").splitlines()[:4] == [
+        "docs/page.md::block-2: shows something else now",
+        "  @@ -1 +1 @@",
+        "  -2",
+        "  +3",
+    ]
+    assert "recorded anew" not in run(sample, "docs", "--update").stdout
+
+
+def test_an_output_that_shows_an_address_is_not_recorded(sample: Sample) -> None:
+    sample.write("```python\nprint(object())\n```\n")
+    result = run(sample, "docs", "--update")
+    assert "docs/page.md:1: the output shows an address, <object object at 0x" in result.stdout
+    assert ">, which differs in every run" in result.stdout
+    assert not (sample.root / "docs/proofs/page.json").exists()
+    sample.write('```python varies="where it lies"\nprint(object())\n```\n')
+    assert run(sample, "docs", "--update").returncode == 0
+
+
 def test_update_is_refused_in_ci(sample: Sample) -> None:
     sample.write(PAGE)
     result = run(sample, "docs", "--update", CI="true")
