@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mdproof.prove import Servers, check_block, open_page
+from mdproof.page_run import Servers, open_page
+from mdproof.prove import check_block
 from mdproof.site import load_site
 
 ROOT = Path(__file__).parents[1]

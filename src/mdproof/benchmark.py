@@ -9,8 +9,8 @@ from mdproof.device import Device, outdated
 from mdproof.errors import PageError
 from mdproof.gpu import run_benchmark
 from mdproof.kernel_source import script_digest
+from mdproof.page_run import PageRun
 from mdproof.proof import save_proof
-from mdproof.prove import PageRun
 from mdproof.site import Site
 
 

@@ -54,8 +54,8 @@ def format_pages(site: Site, pages: list[str], *, check: bool, diff: bool) -> in
 def bench(site: Site, pages: list[str]) -> int:
     """Measure on this machine's device what pages have a benchmark for, and record the rows."""
     from mdproof.benchmark import record_benchmark
+    from mdproof.page_run import Servers, open_page
     from mdproof.proof import ForgedError
-    from mdproof.prove import Servers, open_page
 
     servers, failed = Servers(site), 0
     try:

@@ -8,7 +8,7 @@ from mdproof.device import Device, kept_ways, new_way, ways_of
 from mdproof.runner import Failure, Ran, page_job
 
 if TYPE_CHECKING:
-    from mdproof.prove import PageRun
+    from mdproof.page_run import PageRun
 
 UPDATE = "run `pytest docs --update` and look at what changes"
 

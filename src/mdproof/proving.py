@@ -15,8 +15,9 @@ from markdown import Markdown
 from mdproof import reports
 from mdproof.collect import collect, make_pipeline, shown
 from mdproof.errors import PageError
+from mdproof.page_run import PageRun, Servers, open_page
 from mdproof.proof import ForgedError
-from mdproof.prove import PageRun, Servers, Updated, open_page, update_page
+from mdproof.record import Updated, update_page
 from mdproof.reports import BlockResult, PageResult
 from mdproof.site import Site, load_site
 

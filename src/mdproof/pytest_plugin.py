@@ -82,8 +82,8 @@ class MarkdownPage(pytest.File):
         """Return a test for each block and each runnable copy."""
         from mdproof.collect import collect, make_pipeline
         from mdproof.errors import PageError
+        from mdproof.page_run import Servers, open_page
         from mdproof.proof import ForgedError
-        from mdproof.prove import Servers, open_page
         from mdproof.site import load_site
 
         site = load_site(self.path.parent)
@@ -143,7 +143,7 @@ class MarkdownPage(pytest.File):
 
     def record(self) -> Any:
         """Prove the page anew, once."""
-        from mdproof.prove import update_page
+        from mdproof.record import update_page
 
         if self.updated is None:
             self.updated = update_page(self.run)
@@ -244,7 +244,7 @@ class CompiledItem(_PageItem):
 
     def check(self, run: Any) -> Any:
         """Compile and compare with the recorded binaries."""
-        from mdproof.prove import check_compiled
+        from mdproof.compiled_page import check_compiled
 
         return check_compiled(run)
 

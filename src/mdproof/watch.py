@@ -45,6 +45,19 @@ def descendants(root: int) -> dict[int, int]:
     return found
 
 
+def _held(processes: dict[int, int]) -> int:
+    """Return the bytes that processes hold together, pages that several share counted once."""
+    total = 0
+    for pid, resident in processes.items():
+        share = resident
+        with contextlib.suppress(OSError, StopIteration):
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+            line = next(line for line in rollup.splitlines() if line.startswith("Pss:"))
+            share = int(line.split()[1]) << 10
+        total += share
+    return total
+
+
 def excess(worker: int, memory: int) -> str:
     """Return what a page has too much of, "" if it keeps within its limits.
 
@@ -56,7 +69,8 @@ def excess(worker: int, memory: int) -> str:
         found = descendants(worker)
         if len(found) > PROCESSES:
             return f"starts more than {PROCESSES} processes"
-        if sum(found.values()) > memory << 20:
+        # What a process shares with the one that forked it counts once; asked only when it matters.
+        if sum(found.values()) > memory << 20 and _held(found) > memory << 20:
             return f"its processes need more memory than the limit of {memory} MiB"
     return ""
 

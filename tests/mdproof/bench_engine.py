@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mdproof.collect import collect, make_pipeline
 from mdproof.copy import plain_code
-from mdproof.prove import Servers
+from mdproof.page_run import Servers
 from mdproof.runner import environment, page_job
 from mdproof.site import Site, load_site
 

@@ -136,7 +136,7 @@ print(json.dumps({"passed": len(ran) - len(failed), "failed": len(failed)}))
 BLOCKS = """
 import json
 from mdproof.collect import collect
-from mdproof.prove import Servers
+from mdproof.page_run import Servers
 from mdproof.runner import page_job
 from mdproof.site import load_site
 site = load_site()

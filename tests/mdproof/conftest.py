@@ -8,7 +8,8 @@ import pytest
 
 import mdproof
 from mdproof.collect import Collected, collect
-from mdproof.prove import PageRun, Servers, Updated, open_page, update_page
+from mdproof.page_run import PageRun, Servers, open_page
+from mdproof.record import Updated, update_page
 from mdproof.site import Site, load_site
 
 MKDOCS = """\

@@ -15,19 +15,15 @@ from tests.mdproof.conftest import MKDOCS, PYPROJECT, Sample
 
 from mdproof import cli
 from mdproof.benchmark import record_benchmark
+from mdproof.compiled_page import check_compiled
 from mdproof.device_run import check_device
 from mdproof.errors import PageError
 from mdproof.gpu import CudaDevice, find_device, run_benchmark
 from mdproof.kernel_source import kernel_program
+from mdproof.page_run import PageRun, Servers, open_page
 from mdproof.proof import Proof, load_proof, save_proof
-from mdproof.prove import (
-    PageRun,
-    Servers,
-    check_block,
-    check_compiled,
-    open_page,
-    update_page,
-)
+from mdproof.prove import check_block
+from mdproof.record import update_page
 from mdproof.runner import Ran, Server, environment
 from mdproof.triton.compiling import compile_launches
 

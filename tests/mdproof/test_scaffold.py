@@ -90,7 +90,7 @@ def test_a_site_without_packages_gets_a_page_that_can_be_proven(sample: Sample) 
     (sample.root / "pyproject.toml").unlink()
     load_site.__globals__["_load_site"].cache_clear()
     assert cli.main(["new", "hello", "--title", "Hello"]) == 0
-    from mdproof.prove import update_page
+    from mdproof.record import update_page
 
     assert update_page(sample.open("hello.md")).failures == {}
     changed = {name for name in files(sample.root) if "hello" in name}
