@@ -1,16 +1,15 @@
 """The kernels against the plain definition: numbers, addresses, traffic, cubins, seeded bugs."""
 
-import importlib.util
+import contextlib
 import math
 import os
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import triton
 from tests.closeness import assert_yardstick, relative_error
+from tests.mutants import mutant
 
 from mdproof.triton.compiling import SHARED_MEMORY_LIMIT
 from mdproof.triton.launches import record
@@ -19,6 +18,7 @@ from zhizhi.large_models import flash_attention_triton as module
 from zhizhi.large_models.attention import grouped_query_attention
 from zhizhi.large_models.flash_attention_triton import fused_attention
 
+stopped = contextlib.suppress(triton.runtime.errors.InterpreterError)  # by the probe, or by NumPy
 poisoned = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # B, T, S, H, G, Dh, Dv, causal
@@ -328,25 +328,12 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def mutate(name: str, folder: Path) -> ModuleType:
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    old, new = MUTANTS[name]
-    assert old in source, f"the mutant {name!r} no longer applies"
-    file = folder / "mutant.py"
-    file.write_text(source.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("flash_attention_mutant", file)
-    mutant = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = mutant
-    spec.loader.exec_module(mutant)
-    return mutant
-
-
-def survives(mutant: ModuleType) -> bool:
-    mutant._tiles = lambda *_: (16, 16, 4, 2)
+def survives(changed: ModuleType) -> bool:
+    changed._tiles = lambda *_: (16, 16, 4, 2)
     for case in [*CASES, (1, 16, 40, 1, 1, 16, 16, True)]:
         tensors = draw(case, torch.float32)
         with probe() as trace:
-            actual = with_gradients(mutant.fused_attention, *tensors, causal=case[-1])
+            actual = with_gradients(changed.fused_attention, *tensors, causal=case[-1])
         doubles = [x.double() for x in tensors]
         truth = with_gradients(grouped_query_attention, *doubles, causal=case[-1])
         errors = [relative_error(ours, exact) for ours, exact in zip(actual, truth, strict=True)]
@@ -359,22 +346,14 @@ def survives(mutant: ModuleType) -> bool:
 @poisoned
 @pytest.mark.parametrize("name", MUTANTS)
 def test_seeded_bugs_are_found(name, tmp_path):
-    try:
-        assert not survives(mutate(name, tmp_path))
-    except triton.runtime.errors.InterpreterError:
-        pass  # the probe, or numpy, stopped the kernel
-    finally:
-        sys.modules.pop("flash_attention_mutant", None)
+    with mutant(module, MUTANTS[name], tmp_path) as changed, stopped:
+        assert not survives(changed)
 
 
 @pytest.mark.slow
 def test_unchanged_source_survives_the_hunt(tmp_path):
-    MUTANTS["nothing"] = ("b_", "b_")
-    try:
-        assert survives(mutate("nothing", tmp_path))
-    finally:
-        del MUTANTS["nothing"]
-        sys.modules.pop("flash_attention_mutant", None)
+    with mutant(module, ("b_", "b_"), tmp_path) as changed:
+        assert survives(changed)
 
 
 def need_gpu() -> None:
