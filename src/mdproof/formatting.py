@@ -48,7 +48,8 @@ def format_page(site: Site, page: str, blocks: Sequence[Block] | None = None) ->
     old = (site.docs / page).read_bytes()
     blocks = [b for b in blocks or collect(site, page).blocks if b.kind == "code"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = list(pool.map(lambda block: _format(site, ruff, block), blocks))
+        formatted = list(pool.map(lambda block: _format(site, ruff, block), blocks))
+    codes = [_kept(block, code) for block, code in zip(blocks, formatted, strict=True)]
     lines = old.decode("utf-8").split("\n")
     plain = [line.removesuffix("\r") for line in lines]
     plain[0] = plain[0].removeprefix("\ufeff")
@@ -72,19 +73,26 @@ def format_page(site: Site, page: str, blocks: Sequence[Block] | None = None) ->
 
 
 def _format(site: Site, ruff: str, block: Block) -> str:
-    """Return a block's code as ruff writes it, or as it is where that would be another block."""
+    """Return a block's code as ruff writes it, or as it is if it is not Python."""
     old = block.code.rstrip("\n")
     name = site.docs / re.sub(r"\.md$", ".py", block.page)
     command = [ruff, "format", "--stdin-filename", str(name), "-"]
     try:
-        new = run_tool(site, command, old + "\n").rstrip("\n")
+        return run_tool(site, command, old + "\n").rstrip("\n")
     except ToolError as error:
         if "error: Failed to parse" in str(error):  # the linter says where
             return old
         raise
-    # A string that stands alone is the block's value, and ruff takes it for a docstring.
+
+
+def _kept(block: Block, new: str) -> str:
+    """Return a block's new code, or the old where the new would be another block.
+
+    A string that stands alone is the block's value, and ruff takes it for a docstring. Not to be
+    called in several threads: it parses (see `lint.py`).
+    """
     same = block_code(block) == block_code(Block(block.page, 1, 1, "code", new, block.options))
-    return new if same or block.options.norun else old
+    return new if same or block.options.norun else block.code.rstrip("\n")
 
 
 def write_formatted(site: Site, formatted: Formatted) -> None:

@@ -67,19 +67,33 @@ def lint_pages(site: Site, pages: Sequence[str]) -> list[Finding]:
     md = make_pipeline(site)
     every = [(page, collect(site, page, md).blocks) for page in pages]
     every = [(page, blocks) for page, blocks in every if blocks]
+    # Threads wait for ruff and do nothing else: two that parse Python at one time can make
+    # CPython 3.11 raise SystemError (gh-106905).
+    programs = [make_program(site, blocks, excused=True) for _, blocks in every]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda each: _lint_page(site, ruff, *each), every))
+        checks = [
+            pool.submit(_check, site, ruff, page, program.text) if program.blocks else None
+            for (page, _), program in zip(every, programs, strict=True)
+        ]
+        rows = [check.result() if check else [] for check in checks]
+    found = [
+        _findings(site, ruff, page, blocks, program, told)
+        for (page, blocks), program, told in zip(every, programs, rows, strict=True)
+    ]
     return sorted(finding for findings in found for finding in findings)
 
 
-def _lint_page(site: Site, ruff: str, page: str, blocks: list[Block]) -> list[Finding]:
-    program = make_program(site, blocks, excused=True)
-    findings: list[Finding] = []
-    if program.blocks:
-        for row in _check(site, ruff, page, program.text):
-            finding = _read(site, program, row)
-            if finding is not None:
-                findings.append(finding)
+def _findings(
+    site: Site,
+    ruff: str,
+    page: str,
+    blocks: list[Block],
+    program: Program,
+    rows: list[dict[str, Any]],
+) -> list[Finding]:
+    """Return what ruff said of a page as the reader of the page sees it."""
+    read = [_read(site, program, row) for row in rows]
+    findings = [finding for finding in read if finding is not None]
     findings = [
         finding
         for finding in findings
