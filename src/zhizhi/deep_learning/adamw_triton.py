@@ -14,10 +14,11 @@ from torch import Tensor
 @triton.jit
 def _adamw_kernel(
     theta_ptr, g_ptr, m_ptr, v_ptr, n,
-    beta_1, beta_2, new_1, new_2, correction_1, correction_2, lr, keep, eps, BLOCK: tl.constexpr,
+    beta_1, beta_2, new_1, new_2, correction_1, correction_2,
+    lr, keep, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program: BLOCK elements. What is the same for all of them comes from the host, which has
-    # double precision: 1 - 0.999 in float32 is wrong in the fifth digit.
+    # One program: BLOCK elements. What is the same for all comes from the host, which
+    # has double precision: 1 - 0.999 in float32 is wrong in the fifth digit.
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < n
     b_theta = tl.load(theta_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)  # [BLOCK]
