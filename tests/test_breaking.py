@@ -52,6 +52,10 @@ BREAKS = {
         "return log_sum_exp(logits) - picked",
         "return log_sum_exp(logits) + picked",
     ),
+    "deep_learning/margin_softmax": (
+        "torch.where(theta <= math.pi - m, (theta + m).cos(), beyond)",
+        "torch.where(theta <= math.pi - m, (theta - m).cos(), beyond)",
+    ),
     "deep_learning/upsampling": (
         "return (1 - (u[:, None] - pixels).abs())",
         "return (1 + (u[:, None] - pixels).abs())",
