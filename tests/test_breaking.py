@@ -52,6 +52,10 @@ BREAKS = {
         "return log_sum_exp(logits) - picked",
         "return log_sum_exp(logits) + picked",
     ),
+    "deep_learning/ensemble_learning": (
+        "weight * np.exp(votes[-1] * wrong)",
+        "weight * np.exp(-votes[-1] * wrong)",
+    ),
     "deep_learning/margin_softmax": (
         "torch.where(theta <= math.pi - m, (theta + m).cos(), beyond)",
         "torch.where(theta <= math.pi - m, (theta - m).cos(), beyond)",
