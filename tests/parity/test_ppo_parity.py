@@ -61,8 +61,9 @@ def test_one_step_of_ppo_moves_every_parameter_as_the_gradient_of_our_loss_says(
         model.collect_rollouts(model.env, callback, model.rollout_buffer, 128)
         # Go away from the policy that collected, so that ratios are not 1 and some are clipped.
         with torch.no_grad():
+            luck = torch.Generator().manual_seed(1)
             for p in policy.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+                p.add_(0.2 * torch.randn(p.shape, generator=luck))
         batch = next(model.rollout_buffer.get())
         before = [p.detach().clone() for p in policy.parameters()]
 
