@@ -227,6 +227,9 @@ def test_what_stands_behind_the_mask_is_never_read():
     ref[0, 2] = -torch.inf
     loss = grpo_loss(logp, old, ref, drawn(2, seed=3), mask)
     assert loss.isfinite()
+    (grad,) = torch.autograd.grad(loss, logp)
+    assert grad[0, 2] == 0
+    assert grad.isfinite().all()
 
 
 def test_one_answer_is_no_group():
