@@ -32,6 +32,10 @@ BREAKS = {
         "values[s] -= step(visits[s]) * (values[s] - target)",
         "values[s] += step(visits[s]) * (values[s] - target)",
     ),
+    "reinforcement_learning/ppo": (
+        "delta[..., t] + carry[..., t] * following",
+        "delta[..., t] - carry[..., t] * following",
+    ),
     "reinforcement_learning/stochastic_approximation": (
         "path[-1] - a * g_noisy(path[-1])",
         "path[-1] + a * g_noisy(path[-1])",
