@@ -147,27 +147,40 @@ def test_half_precision_has_moments_in_float32_and_an_output_of_its_own(dtype):
     assert batch_norm_backward(x, x, one).dx.dtype == dtype
 
 
+def test_weights_before_the_norm_have_a_gradient_across_them_that_falls_as_they_grow():
+    h, W, dy = normal(9, 5), normal(3, 5, seed=1), normal(9, 3, seed=2)
+    one, zero = torch.ones(3).double(), torch.zeros(3).double()
+
+    def gradient(weight):
+        weight = weight.clone().requires_grad_()
+        z = h @ weight.mT
+        y = batch_norm(z, one, zero, batch_moments(z), eps=0.0)
+        return torch.autograd.grad((dy * y).sum(), weight)[0]
+
+    assert_exact((W * gradient(W)).sum(dim=1), zero)
+    assert_exact(gradient(4 * W), gradient(W) / 4)
+
+
 # Running estimates
 
 
 def test_without_news_the_start_decays_by_one_minus_momentum():
-    running = Moments(0, torch.zeros(1).double(), torch.ones(1).double())
+    mean, var = torch.zeros(1).double(), torch.ones(1).double()
     batch = Moments(5, torch.tensor([3.0]).double(), torch.tensor([4.0]).double())
     for _ in range(20):
-        running = running_update(running, batch, momentum=0.1)
-    assert running.count == 20
-    assert_exact(running.mean, [3 * (1 - 0.9**20)])
-    assert_exact(running.var, [5 + 0.9**20 * (1 - 5)])  # 4 * 5 / 4 is the unbiased variance
+        mean, var = running_update(mean, var, batch, momentum=0.1)
+    assert_exact(mean, [3 * (1 - 0.9**20)])
+    assert_exact(var, [5 + 0.9**20 * (1 - 5)])  # 4 * 5 / 4 is the unbiased variance
 
 
 def test_the_running_variance_of_small_batches_is_unbiased():
     n, batches = 4, 4000
     x = normal(batches, n)
-    running = Moments(0, *torch.zeros(2, 1).double())
+    mean, var = torch.zeros(2, 1).double()
     for k, rows in enumerate(x, start=1):
-        running = running_update(running, batch_moments(rows[:, None]), momentum=1 / k)
+        mean, var = running_update(mean, var, batch_moments(rows[:, None]), momentum=1 / k)
     # The unbiased variance of n normal values has variance 2 / (n - 1).
-    assert abs(running.var.item() - 1) < 4 * (2 / (n - 1) / batches) ** 0.5
+    assert abs(var.item() - 1) < 4 * (2 / (n - 1) / batches) ** 0.5
 
 
 def test_momentum_none_weighs_all_batches_alike():
@@ -285,4 +298,4 @@ def test_a_single_value_in_a_channel_is_refused_in_training_and_fine_in_evaluati
 def test_an_empty_batch_everywhere_is_refused_with_its_number():
     message = r"^a channel has 0 values in the batch: training needs 2 at least\.$"
     with pytest.raises(ValueError, match=message):
-        running_update(of([]), of([]), momentum=0.1)
+        running_update(torch.zeros(1), torch.ones(1), of([]), momentum=0.1)

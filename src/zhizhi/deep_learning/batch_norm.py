@@ -88,7 +88,7 @@ def batch_norm(
         x: Feature maps, or vectors.
         weight: Gain of each channel.
         bias: Shift of each channel.
-        moments: Mean and variance of each channel.
+        moments: Mean and variance of each channel; their count plays no part.
         eps: Added to the variance, under the root.
 
     Returns:
@@ -150,7 +150,13 @@ def _backward(
     return Grads(dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype))
 
 
-def running_update(running: Moments, batch: Moments, *, momentum: float) -> Moments:
+def running_update(
+    running_mean: Float[Tensor, " C"],
+    running_var: Float[Tensor, " C"],
+    batch: Moments,
+    *,
+    momentum: float,
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
     r"""Move running estimates towards a batch's mean and its unbiased variance.
 
     $$
@@ -159,20 +165,21 @@ def running_update(running: Moments, batch: Moments, *, momentum: float) -> Mome
     $$
 
     Args:
-        running: The estimates; their count is of batches.
+        running_mean: Estimate of the mean.
+        running_var: Estimate of the variance.
         batch: Moments of one batch.
         momentum: Weight of the new, as in PyTorch; Keras calls 1 - m the momentum.
 
     Returns:
-        New estimates, of one batch more.
+        The new estimates.
 
     Raises:
         ValueError: If a channel has a single value, which has no unbiased variance.
 
     Example:
         >>> zero, one = torch.zeros(1), torch.ones(1)
-        >>> running_update(Moments(0, zero, one), Moments(2, one, 2 * one), momentum=0.1)
-        Moments(count=1, mean=tensor([0.1000]), var=tensor([1.3000]))
+        >>> running_update(zero, one, Moments(2, one, 2 * one), momentum=0.1)
+        (tensor([0.1000]), tensor([1.3000]))
 
     Reference:
         Ioffe & Szegedy (2015), arXiv:1502.03167, Algorithm 2, step 10: the factor n / (n - 1).
@@ -181,9 +188,9 @@ def running_update(running: Moments, batch: Moments, *, momentum: float) -> Mome
     if n < 2:
         values = "value" if n == 1 else "values"
         raise ValueError(f"a channel has {n} {values} in the batch: training needs 2 at least.")
-    unbiased = batch.var * (n / (n - 1))
-    mean = (1 - momentum) * running.mean + momentum * batch.mean  # (eq:bn-running)
-    return Moments(running.count + 1, mean, (1 - momentum) * running.var + momentum * unbiased)
+    m, unbiased = momentum, batch.var * (n / (n - 1))
+    mean = (1 - m) * running_mean + m * batch.mean
+    return mean, (1 - m) * running_var + m * unbiased  # (eq:bn-running)
 
 
 def all_rank_moments(local: Moments) -> Moments:
@@ -230,23 +237,20 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(C))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def running(self) -> Moments:
-        """Return the running estimates."""
-        count = int(self.num_batches_tracked.item())
-        return Moments(count, self.running_mean, self.running_var)
-
     def forward(self, x: Float[Tensor, "B C *space"]) -> Float[Tensor, "B C *space"]:
         """Normalise; in training, update the running estimates as well."""
         if not self.training:
-            return batch_norm(x, self.weight, self.bias, self.running(), eps=self.eps)
+            known = Moments(0, self.running_mean, self.running_var)  # the count plays no part
+            return batch_norm(x, self.weight, self.bias, known, eps=self.eps)
         y, moments = self._normalised(x)
         with torch.no_grad():
-            count = int(self.num_batches_tracked.item()) + 1
-            m = 1 / count if self.momentum is None else self.momentum
-            _, mean, var = running_update(self.running(), moments, momentum=m)
+            m = self.momentum
+            if m is None:
+                m = 1 / (int(self.num_batches_tracked.item()) + 1)
+            mean, var = running_update(self.running_mean, self.running_var, moments, momentum=m)
             self.running_mean.copy_(mean)
             self.running_var.copy_(var)
-            self.num_batches_tracked.fill_(count)
+            self.num_batches_tracked.add_(1)
         return y
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Moments]:

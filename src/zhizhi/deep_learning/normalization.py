@@ -60,7 +60,7 @@ def layer_norm(
         tensor([-1.,  1.])
 
     Reference:
-        Ba et al. (2016), arXiv:1607.06450, Eq. (3) and (4).
+        Ba et al. (2016), arXiv:1607.06450, Section 3.
     """
     x_hat, _ = _standardise(_wide(x), dim=-1, eps=eps)
     return (x_hat * weight + bias).to(x.dtype)
