@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from zhizhi.deep_learning.batch_norm import BatchNorm, batch_norm_backward, fold_batch_norm
+from zhizhi.python.ddp import run
 
 pytestmark = pytest.mark.parity
 
@@ -63,3 +64,9 @@ def test_folding_equals_that_of_torch():
     )
     assert_exact(kernel, expected[0].detach())
     assert_exact(bias, expected[1].detach())
+
+
+def test_torch_does_not_synchronise_on_the_cpu_so_the_whole_batch_stands_in_for_it():
+    refusal = "SyncBatchNorm expected input tensor to be on GPU or XPU or privateuseone"
+    with pytest.raises(RuntimeError, match=refusal):
+        run(lambda: nn.SyncBatchNorm(3)(torch.zeros(4, 3)), world_size=2)

@@ -101,3 +101,10 @@ def test_llama_with_a_float32_gain_returns_float32_from_bfloat16():
     x, _ = in_bfloat16()
     assert LlamaRMSNorm(128)(x).dtype == torch.float32
     assert rms_norm_cast_first(x, torch.ones(128)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_torch_without_an_eps_takes_that_of_the_type_it_computes_in(dtype):
+    x, w = 1e-3 * torch.ones(1, 8, dtype=dtype), torch.ones(8, dtype=dtype)
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert torch.equal(rms_norm(x, w, eps=eps), nn.functional.rms_norm(x, [8], w))
