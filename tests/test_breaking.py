@@ -51,6 +51,14 @@ BREAKS = {
         "return log_sum_exp(logits) - picked",
         "return log_sum_exp(logits) + picked",
     ),
+    "deep_learning/normalization": (
+        "g - g.mean(dim=dim, keepdim=True) - x_hat * along",
+        "g - g.mean(dim=dim, keepdim=True) + x_hat * along",
+    ),
+    "deep_learning/batch_norm": (
+        "(g - mean_g - x_hat * along)",
+        "(g - mean_g + x_hat * along)",
+    ),
     "deep_learning/upsampling": (
         "return (1 - (u[:, None] - pixels).abs())",
         "return (1 + (u[:, None] - pixels).abs())",
