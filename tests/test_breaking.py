@@ -64,6 +64,14 @@ BREAKS = {
         "torch.where(theta <= math.pi - m, (theta + m).cos(), beyond)",
         "torch.where(theta <= math.pi - m, (theta - m).cos(), beyond)",
     ),
+    "deep_learning/normalization": (
+        "g - g.mean(dim=dim, keepdim=True) - x_hat * along",
+        "g - g.mean(dim=dim, keepdim=True) + x_hat * along",
+    ),
+    "deep_learning/batch_norm": (
+        "(g - mean_g - x_hat * along)",
+        "(g - mean_g + x_hat * along)",
+    ),
     "deep_learning/upsampling": (
         "return (1 - (u[:, None] - pixels).abs())",
         "return (1 + (u[:, None] - pixels).abs())",
