@@ -56,6 +56,10 @@ BREAKS = {
         "return log_sum_exp(logits) - picked",
         "return log_sum_exp(logits) + picked",
     ),
+    "deep_learning/deep_infomax": (
+        "return (true - log_sum_exp(scores)).mean(dim=-1)",
+        "return (true + log_sum_exp(scores)).mean(dim=-1)",
+    ),
     "deep_learning/ensemble_learning": (
         "weight * np.exp(votes[-1] * wrong)",
         "weight * np.exp(-votes[-1] * wrong)",
