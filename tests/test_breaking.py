@@ -56,6 +56,10 @@ BREAKS = {
         "return log_sum_exp(logits) - picked",
         "return log_sum_exp(logits) + picked",
     ),
+    "deep_learning/large_scale_softmax": (
+        "p = torch.exp(x @ w[part].T - lse[:, None])",
+        "p = torch.exp(x @ w[part].T + lse[:, None])",
+    ),
     "deep_learning/deep_infomax": (
         "return (true - log_sum_exp(scores)).mean(dim=-1)",
         "return (true + log_sum_exp(scores)).mean(dim=-1)",
