@@ -12,7 +12,13 @@ from zhizhi.python.ddp import pass_round
 
 
 def zero_bytes(
-    n_params: float, *, stage: int, world_size: int, param: int = 2, grad: int = 2, state: int = 12
+    n_params: int | float,
+    *,
+    stage: int,
+    world_size: int,
+    param: int = 2,
+    grad: int = 2,
+    state: int = 12,
 ) -> float:
     r"""Return the bytes of parameters, gradients and optimizer state that one rank keeps.
 
@@ -188,7 +194,7 @@ class ZeroOne(nn.Module):
             )
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.data, src=0)
-        self.module, self.rule, self.settings = module, rule, settings
+        self.module, self.rule, self.units, self.settings = module, rule, list(units), settings
         self.shards = [FlatShard(list(unit.parameters())) for unit in units]
         self.t, self.n_sent = 0, 0
 
@@ -294,15 +300,8 @@ class ZeroTwo(ZeroOne):
         Rajbhandari et al. (2020), arXiv:1910.02054, Section 5.2.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        rule: Callable[..., Any],
-        *,
-        units: Sequence[nn.Module],
-        **settings: Any,
-    ) -> None:
-        super().__init__(module, rule, units=units, **settings)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         for shard in self.shards:
             for p in shard.params:
                 p.register_post_accumulate_grad_hook(lambda _, shard=shard: self._ready(shard))
@@ -331,17 +330,10 @@ class ZeroThree(ZeroTwo):
         arXiv:2304.11277, Section 3: the flat parameter and its unsharding.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        rule: Callable[..., Any],
-        *,
-        units: Sequence[nn.Module],
-        **settings: Any,
-    ) -> None:
-        super().__init__(module, rule, units=units, **settings)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.n_whole_peak = 0
-        for unit, shard in zip(units, self.shards, strict=True):
+        for unit, shard in zip(self.units, self.shards, strict=True):
             shard.own = shard.mine(shard.buffer).clone()
             shard.free()
             unit.register_forward_pre_hook(lambda *_, shard=shard: self._gather(shard))
