@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zhizhi.deep_learning.adamw import adamw_step
 from zhizhi.python.ddp import run
-from zhizhi.python.fsdp_zero import ZeroOne, ZeroThree
+from zhizhi.python.fsdp_zero import ZeroOne, ZeroThree, full_state
 
 pytestmark = pytest.mark.parity
 
@@ -49,7 +49,7 @@ def ours(stage):
     for loss in losses(zero):
         loss.backward()
         norms.append(zero.step(max_norm=0.2))
-    return flat(zero.full_state()["theta"].values()), norms
+    return flat(full_state(zero)["theta"].values()), norms
 
 
 @pytest.mark.parametrize("N", [2, 3])

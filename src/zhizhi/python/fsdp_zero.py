@@ -122,17 +122,21 @@ class FlatShard:
         if n_frozen:
             raise ValueError(f"{n_frozen} of {len(params)} parameters are frozen: 0 may be.")
         self.params = list(params)
+        self.shapes = [p.shape for p in params]
         self.sizes = [p.numel() for p in params]
         self.pad = -sum(self.sizes) % dist.get_world_size()
         self.buffer = self.laid_out([p.data for p in params])
-        for p, part in zip(self.params, self.cut(self.buffer), strict=True):
-            p.data = part
+        self._point_into_buffer()
         dtype = torch.promote_types(self.buffer.dtype, torch.float32)
         self.master = self.mine(self.buffer).to(dtype, copy=True)
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
         self.grad: Tensor | None = None
         self.own = self.buffer.new_empty(0)  # this rank's part of the buffer, if that is freed
         self.is_whole = True
+
+    def _point_into_buffer(self) -> None:
+        for p, part in zip(self.params, self.cut(self.buffer), strict=True):
+            p.data = part
 
     def laid_out(self, tensors: Sequence[Tensor]) -> Tensor:
         """Lay tensors of the parameters' shapes end to end, with zeros after them."""
@@ -141,21 +145,25 @@ class FlatShard:
     def cut(self, flat: Tensor) -> list[Tensor]:
         """Cut a line into views of the parameters' shapes, without the padding."""
         parts = flat[: sum(self.sizes)].split(self.sizes)
-        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def mine(self, flat: Tensor) -> Tensor:
         """Return this rank's part of a line, as a view."""
         return flat.chunk(dist.get_world_size())[dist.get_rank()]
 
     def free(self) -> None:
-        """Give the memory of the whole parameters back; what autograd saved are views of it too."""
+        """Give the memory of the whole parameters back; they are empty until it is restored."""
+        # What autograd saved are views of the buffer too: its memory goes and comes back in place.
         self.buffer.untyped_storage().resize_(0)
+        for p in self.params:
+            p.data = self.buffer.new_empty(0)
         self.is_whole = False
 
     def restore(self, flat: Tensor) -> None:
         """Make the parameters whole again, in the same place."""
         self.buffer.untyped_storage().resize_(flat.nbytes)
         self.buffer.copy_(flat)
+        self._point_into_buffer()
         self.is_whole = True
 
 
@@ -218,7 +226,8 @@ class ZeroOne(nn.Module):
         for shard in self.shards:
             self._reduce(shard)
 
-    def _publish(self, shard: FlatShard) -> None:
+    def publish(self, shard: FlatShard) -> None:
+        """Make the parameters what the master copy says, on all ranks."""
         flat, n_sent = ring_all_gather(shard.master.to(shard.buffer.dtype))
         shard.restore(flat)
         self.n_sent += n_sent
@@ -242,7 +251,7 @@ class ZeroOne(nn.Module):
         """
         self._finish()
         grads = [s.grad.to(s.master.dtype) for s in self.shards if s.grad is not None]
-        square = torch.stack([g.square().sum() for g in grads]).sum()
+        square = torch.stack([g.square().sum().double() for g in grads]).sum()
         dist.all_reduce(square)  # (eq:zero-norm)
         norm = square.sqrt().item()
         scale = min(1.0, max_norm / (norm + 1e-6))  # as in torch.nn.utils.clip_grad_norm_
@@ -251,44 +260,9 @@ class ZeroOne(nn.Module):
             shard.master, shard.m, shard.v = self.rule(
                 shard.master, scale * g, shard.m, shard.v, t=self.t, **self.settings
             )
-            self._publish(shard)
+            self.publish(shard)
             shard.grad = None
         return norm
-
-    def kept_bytes(self) -> int:
-        """Return the bytes of parameters, gradients and optimizer state that are alive here."""
-        total = 0
-        for s in self.shards:
-            total += s.buffer.untyped_storage().nbytes() + sum(
-                p.grad.nbytes for p in s.params if p.grad is not None
-            )
-            total += sum(t.nbytes for t in (s.own, s.master, s.m, s.v, s.grad) if t is not None)
-        return total
-
-    def full_state(self) -> dict[str, Any]:
-        """Gather parameters and moments from all ranks, by the parameters' names.
-
-        Returns:
-            `t`, and `theta`, `m` and `v`, each from name to tensor; it knows nothing of N.
-        """
-        names = {p: name for name, p in self.module.named_parameters()}
-        state: dict[str, Any] = {"t": self.t}
-        for kind, attribute in (("theta", "master"), ("m", "m"), ("v", "v")):
-            state[kind] = {}
-            for s in self.shards:
-                parts = s.cut(ring_all_gather(getattr(s, attribute)).result)
-                state[kind] |= {names[p]: x for p, x in zip(s.params, parts, strict=True)}
-        return state
-
-    def load_full_state(self, state: dict[str, Any]) -> None:
-        """Take this rank's part of what `full_state` gathered, on however many ranks."""
-        names = {p: name for name, p in self.module.named_parameters()}
-        self.t = state["t"]
-        for s in self.shards:
-            for kind, attribute in (("theta", "master"), ("m", "m"), ("v", "v")):
-                flat = s.laid_out([state[kind][names[p]] for p in s.params])
-                setattr(s, attribute, s.mine(flat).clone())
-            self._publish(s)
 
 
 class ZeroTwo(ZeroOne):
@@ -356,5 +330,60 @@ class ZeroThree(ZeroTwo):
         super()._reduce(shard)
         shard.free()
 
-    def _publish(self, shard: FlatShard) -> None:
-        shard.own = shard.master.to(shard.own.dtype)
+    def publish(self, shard: FlatShard) -> None:
+        """Round the master copy; the others see it when they gather next."""
+        shard.own = shard.master.to(shard.own.dtype, copy=True)
+
+
+def kept_bytes(zero: ZeroOne) -> int:
+    """Return the bytes of parameters, gradients and optimizer state that are alive on this rank.
+
+    Args:
+        zero: A model under one of the three stages.
+
+    Returns:
+        Bytes of what is held, the memory of freed parameters being 0.
+    """
+    total = 0
+    for s in zero.shards:
+        total += s.buffer.untyped_storage().nbytes()
+        total += sum(p.grad.nbytes for p in s.params if p.grad is not None)
+        total += sum(t.nbytes for t in (s.own, s.master, s.m, s.v, s.grad) if t is not None)
+    return total
+
+
+def full_state(zero: ZeroOne) -> dict[str, Any]:
+    """Gather parameters and moments from all ranks, by the parameters' names.
+
+    Args:
+        zero: A model under one of the three stages.
+
+    Returns:
+        The step `t`, and `theta`, `m` and `v`, each from name to tensor. Nothing in it depends on
+        the number of ranks or on the stage.
+    """
+    names = {p: name for name, p in zero.module.named_parameters()}
+    state: dict[str, Any] = {"t": zero.t, "theta": {}, "m": {}, "v": {}}
+    for s in zero.shards:
+        for kind, part in (("theta", s.master), ("m", s.m), ("v", s.v)):
+            whole = s.cut(ring_all_gather(part).result)
+            state[kind] |= {names[p]: x for p, x in zip(s.params, whole, strict=True)}
+    return state
+
+
+def load_full_state_(zero: ZeroOne, state: dict[str, Any]) -> None:
+    """Take this rank's part of what `full_state` gathered, on however many ranks.
+
+    Args:
+        zero: A model under one of the three stages.
+        state: What `full_state` returned, the same on all ranks.
+    """
+    names = {p: name for name, p in zero.module.named_parameters()}
+    zero.t = state["t"]
+    for s in zero.shards:
+        theta, m, v = (
+            s.mine(s.laid_out([state[kind][names[p]] for p in s.params])).clone()
+            for kind in ("theta", "m", "v")
+        )
+        s.master, s.m, s.v = theta, m, v
+        zero.publish(s)
