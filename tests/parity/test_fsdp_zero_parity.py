@@ -99,3 +99,21 @@ def test_stage_one_equals_ddp_with_the_zero_redundancy_optimizer(zero_redundancy
     # Theirs deals out whole parameters, so the shares are as uneven as the parameters are.
     shares = {2: [16 * 11, 11 * 5 + 11 + 5], 3: [16 * 11, 11 * 5, 11 + 5]}[N]
     assert [n for _, (_, n) in results] == shares
+
+
+def test_fully_shard_broadcasts_nothing_and_an_earlier_optimizer_updates_nothing():
+    def theirs():
+        torch.manual_seed(dist.get_rank())
+        net = nn.Linear(2, 4, bias=False)
+        mine = net.weight.detach().clone()
+        early = torch.optim.SGD(net.parameters(), lr=1.0)
+        fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+        before = net.weight.full_tensor().detach().clone()
+        net(torch.ones(1, 2)).sum().backward()
+        early.step()
+        return mine, before, net.weight.full_tensor()
+
+    (first, mixed, after), (second, *_) = run(theirs, world_size=2)
+    assert torch.equal(mixed, torch.cat([first[:2], second[2:]]))
+    assert not torch.equal(first, second)
+    assert torch.equal(after, mixed)

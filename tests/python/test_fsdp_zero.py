@@ -3,6 +3,7 @@ import torch
 import torch.distributed as dist
 from tests.closeness import assert_exact
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from zhizhi.deep_learning.adamw import adamw_step
 from zhizhi.python.ddp import run
@@ -196,6 +197,57 @@ def test_stage_three_holds_one_unit_at_a_time_and_nothing_between_steps():
         return held, zero.n_whole_peak
 
     assert run(watch, world_size=2) == [([0, 0, 0, 0], 64 * 32 + 32)] * 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_forward_passes_share_one_backward_pass(stage):
+    x, y = batches(1)[0]
+    net = model()
+    (nn.functional.cross_entropy(net(x), y) + net(x).square().mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item()
+
+    def norm():
+        zero, rank = sharded(stage), dist.get_rank()
+        x_mine, y_mine = x[rank::2], y[rank::2]
+        (
+            nn.functional.cross_entropy(zero(x_mine), y_mine) + zero(x_mine).square().mean()
+        ).backward()
+        return zero.step()
+
+    assert_exact(run(norm, world_size=2), [expected] * 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_reentrant": True},
+        {"use_reentrant": False},
+        {"use_reentrant": False, "early_stop": False},  # the unit's forward pass ends once more
+    ],
+)
+def test_stage_three_may_compute_a_unit_of_several_layers_again(options):
+    x, y = batches(1)[0]
+    net = model()
+    backward(net, x, y)
+    expected = torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item()
+
+    def norm():
+        net = model()
+        zero = ZeroThree(net, adamw_step, units=[net[:3], net[4]], **SETTINGS)
+
+        class Checkpointed(nn.Module):
+            def forward(self, x):
+                unit = zero.units[0]
+                x = x.clone().requires_grad_()
+                return net[4](net[3](checkpoint(unit, x, **options)))
+
+        backward(Checkpointed(), x, y)
+        held = sum(s.buffer.untyped_storage().nbytes() for s in zero.shards)
+        return zero.step(), held
+
+    for ours, held in run(norm, world_size=2):
+        assert_exact(ours, expected)
+        assert held == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)

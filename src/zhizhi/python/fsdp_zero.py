@@ -77,6 +77,11 @@ def ring_reduce_scatter(x: Shaped[Tensor, " S"]) -> Sent:
 
     Raises:
         ValueError: If N does not divide the length.
+
+    Example:
+        >>> from zhizhi.python.ddp import run
+        >>> run(lambda: ring_reduce_scatter(torch.arange(4.0)).result, world_size=2)
+        [tensor([0., 2.]), tensor([4., 6.])]
     """
     N, rank = dist.get_world_size(), dist.get_rank()
     if len(x) % N:
@@ -94,6 +99,11 @@ def ring_all_gather(piece: Shaped[Tensor, " P"]) -> Sent:
 
     Returns:
         A vector of S = N P numbers; each rank sent S (N - 1) / N.
+
+    Example:
+        >>> from zhizhi.python.ddp import run
+        >>> run(lambda: ring_all_gather(torch.ones(1) * dist.get_rank()).result, world_size=2)
+        [tensor([0., 1.]), tensor([0., 1.])]
     """
     N, rank = dist.get_world_size(), dist.get_rank()
     pieces = [piece if i == rank else torch.empty_like(piece) for i in range(N)]
@@ -179,6 +189,16 @@ class ZeroOne(nn.Module):
 
     Raises:
         ValueError: If the units do not hold each parameter once.
+
+    Example:
+        >>> from zhizhi.python.ddp import run
+        >>> def shares():
+        ...     net = nn.Linear(3, 1)
+        ...     zero = ZeroOne(net, lambda theta, g, m, v, t: (theta - g, m, v), units=[net])
+        ...     zero(torch.ones(1, 3)).sum().backward()
+        ...     return zero.step(), zero.shards[0].master.shape
+        >>> run(shares, world_size=2)  # the gradient is 1 everywhere
+        [(2.0, torch.Size([2])), (2.0, torch.Size([2]))]
 
     Reference:
         Rajbhandari et al. (2020), arXiv:1910.02054, Section 5.1.
@@ -307,6 +327,7 @@ class ZeroThree(ZeroTwo):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.n_whole_peak = 0
+        self._in_backward: set[FlatShard] = set()
         for unit, shard in zip(self.units, self.shards, strict=True):
             shard.own = shard.mine(shard.buffer).clone()
             shard.free()
@@ -314,11 +335,15 @@ class ZeroThree(ZeroTwo):
             unit.register_forward_hook(lambda _m, _x, y, shard=shard: self._used(shard, y))
 
     def _used(self, shard: FlatShard, y: Tensor) -> None:
+        if shard in self._in_backward:
+            return  # a checkpoint computes the unit again in the midst of its backward pass
         shard.free()
         if y.requires_grad:  # its gradient comes just before the unit's backward pass
-            y.register_hook(lambda _: self._gather(shard))
+            y.register_hook(lambda _: self._gather(shard, backward=True))
 
-    def _gather(self, shard: FlatShard) -> None:
+    def _gather(self, shard: FlatShard, *, backward: bool = False) -> None:
+        if backward:
+            self._in_backward.add(shard)
         if not shard.is_whole:
             flat, n_sent = ring_all_gather(shard.own)
             shard.restore(flat)
@@ -328,6 +353,7 @@ class ZeroThree(ZeroTwo):
 
     def _reduce(self, shard: FlatShard) -> None:
         super()._reduce(shard)
+        self._in_backward.discard(shard)
         shard.free()
 
     def publish(self, shard: FlatShard) -> None:
