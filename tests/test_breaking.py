@@ -93,6 +93,10 @@ BREAKS = {
         "pieces[into] + incoming if step < N - 1",
         "pieces[into] - incoming if step < N - 1",
     ),
+    "python/fsdp_zero": (
+        "part = total / dist.get_world_size()",
+        "part = total * dist.get_world_size()",
+    ),
     "large_models/dpo": (
         "-F.logsigmoid(reward_chosen - reward_rejected)",
         "-F.logsigmoid(reward_chosen + reward_rejected)",

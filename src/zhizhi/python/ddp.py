@@ -133,6 +133,40 @@ class _Packed(NamedTuple):
         return torch.from_numpy, (self.array,)
 
 
+def pass_round(pieces: list[Tensor], steps: range) -> int:
+    r"""Pass pieces round the ring of ranks, in place, and return how many numbers this rank sent.
+
+    Each step sends one piece to the right neighbour and takes one from the left. In the steps 0 to
+    N - 2 what comes in is added, and at their end rank r holds piece r of the total (a
+    reduce-scatter); in the steps N - 1 to 2N - 3 it replaces, and the finished pieces go round (an
+    all-gather).
+
+    Args:
+        pieces: N pieces; piece i has one shape on all ranks.
+        steps: Which of the 2N - 2 steps to take.
+
+    Returns:
+        The numbers sent by this rank.
+
+    Reference:
+        Patarasu & Yuan (2009), J. Parallel Distrib. Comput. 69(2): bandwidth optimal all-reduce.
+    """
+    N, rank = dist.get_world_size(), dist.get_rank()
+    n_sent = 0
+    for step in steps:
+        out, into = (rank - step - 1) % N, (rank - step - 2) % N
+        incoming = torch.empty_like(pieces[into])
+        swap = [
+            dist.P2POp(dist.isend, pieces[out], (rank + 1) % N),
+            dist.P2POp(dist.irecv, incoming, (rank - 1) % N),
+        ]
+        for work in dist.batch_isend_irecv(swap):
+            work.wait()
+        pieces[into] = pieces[into] + incoming if step < N - 1 else incoming  # (eq:ddp-ring)
+        n_sent += pieces[out].numel()
+    return n_sent
+
+
 class RingSum(NamedTuple):
     """The sum of all ranks' tensors, and how many numbers this rank sent for it."""
 
@@ -143,8 +177,8 @@ class RingSum(NamedTuple):
 def ring_all_reduce(x: Shaped[Tensor, "*shape"]) -> RingSum:
     r"""Sum a tensor over all ranks, each talking to its two neighbours only.
 
-    The tensor is cut into N pieces. In N - 1 steps each rank passes a partial sum on, after which
-    it holds one piece of the total; in N - 1 more the finished pieces go round. Each rank sends
+    The tensor is cut into N pieces, which go round twice: once to be summed, once to be handed out.
+    Each rank sends
 
     $$
     2\,\frac{N - 1}{N}\,S
@@ -161,26 +195,10 @@ def ring_all_reduce(x: Shaped[Tensor, "*shape"]) -> RingSum:
     Example:
         >>> run(lambda: ring_all_reduce(torch.ones(4) + dist.get_rank()).total, world_size=2)
         [tensor([3., 3., 3., 3.]), tensor([3., 3., 3., 3.])]
-
-    Reference:
-        Patarasu & Yuan (2009), J. Parallel Distrib. Comput. 69(2): bandwidth optimal all-reduce.
     """
-    N, rank = dist.get_world_size(), dist.get_rank()
-    flat = x.flatten()
-    pieces = [piece.clone() for piece in flat.tensor_split(N)]
-    n_sent = 0
-    for step in range(2 * (N - 1)):
-        # Reduce, then gather: after N - 1 steps the piece that comes in is complete.
-        out, into = (rank - step) % N, (rank - step - 1) % N
-        incoming = torch.empty_like(pieces[into])
-        swap = [
-            dist.P2POp(dist.isend, pieces[out], (rank + 1) % N),
-            dist.P2POp(dist.irecv, incoming, (rank - 1) % N),
-        ]
-        for work in dist.batch_isend_irecv(swap):
-            work.wait()
-        pieces[into] = pieces[into] + incoming if step < N - 1 else incoming  # (eq:ddp-ring)
-        n_sent += pieces[out].numel()
+    N = dist.get_world_size()
+    pieces = [piece.clone() for piece in x.flatten().tensor_split(N)]
+    n_sent = pass_round(pieces, range(2 * (N - 1)))
     return RingSum(torch.cat(pieces).reshape(x.shape), n_sent)
 
 
