@@ -40,6 +40,10 @@ BREAKS = {
         "path[-1] - a * g_noisy(path[-1])",
         "path[-1] + a * g_noisy(path[-1])",
     ),
+    "reinforcement_learning/policy_gradient": (
+        "return visits[:, None] * policy * advantage",
+        "return -visits[:, None] * policy * advantage",
+    ),
     "reinforcement_learning/monte_carlo": (
         "G = r + discount * G  # (eq:rl-return)",
         "G = r - discount * G  # (eq:rl-return)",

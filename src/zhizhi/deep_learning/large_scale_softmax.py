@@ -33,7 +33,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (d_loss,) = grad_outputs
         x, w, target, lse = ctx.saved_tensors
         dx, dw = -d_loss[:, None] * w[target], torch.zeros_like(w)
         dw.index_add_(0, target, -d_loss[:, None] * x)
@@ -115,7 +116,8 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (d_loss,) = grad_outputs
         x, shard, local, here, p = ctx.saved_tensors
         d_logits = d_loss[:, None] * p
         d_logits.scatter_add_(1, local[:, None], -(d_loss * here)[:, None])
