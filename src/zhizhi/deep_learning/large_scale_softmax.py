@@ -33,7 +33,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         (d_loss,) = grad_outputs
         x, w, target, lse = ctx.saved_tensors
         dx, dw = -d_loss[:, None] * w[target], torch.zeros_like(w)
@@ -116,7 +116,7 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         (d_loss,) = grad_outputs
         x, shard, local, here, p = ctx.saved_tensors
         d_logits = d_loss[:, None] * p
