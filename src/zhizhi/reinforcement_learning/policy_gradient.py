@@ -64,7 +64,7 @@ def policy_gradient(
         The gradient with respect to theta.
 
     Reference:
-        Sutton et al. (1999), Theorem 1; Zhao (2025), Theorem 9.1.
+        Sutton et al. (1999), Theorem 1; Zhao (2025), Theorem 9.2.
     """
     policy = theta.softmax(dim=1)
     v = policy_evaluation(mdp, policy)
