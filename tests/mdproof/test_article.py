@@ -95,6 +95,17 @@ def test_a_wrong_field_is_reported_on_its_line(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(("value", "quoted"), [("a: b", True), ("[a", False), ("'a", False)])
+def test_only_a_colon_brings_the_advice_to_quote(site: Site, value: str, quoted: bool) -> None:
+    path = site.docs / "llm/dpo.md"
+    path.parent.mkdir()
+    path.write_text(f"---\ntitle: {value}\n---\n# a\n", encoding="utf-8")
+    with pytest.raises(PageError) as caught:
+        read_article(site, "llm/dpo.md")
+    assert "front matter: " in str(caught.value)
+    assert ("(quote a value that holds `: `)" in str(caught.value)) == quoted
+
+
 def test_a_field_that_stands_twice_is_refused(site: Site) -> None:
     path = site.docs / "llm/dpo.md"
     path.parent.mkdir()

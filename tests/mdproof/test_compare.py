@@ -46,6 +46,7 @@ SAME = [
 ]
 DIFFERENT = [
     ("loss 0.6931", "loss 0.6934"),
+    ("0.500", "0.5012"),
     ("loss 0.6931", "LOSS 0.6931"),
     ("step 10", "step 11"),  # integers are exact
     ("True", "False"),
@@ -135,6 +136,10 @@ def test_two_drawings_agree_within_a_point_and_in_every_element() -> None:
     svg = '<svg><path id="a1" d="M 1.0 2.0 L 30.5 40.5" style="stroke: #3b82f6"/></svg>'
     assert same_figure(svg, svg.replace("30.5", "30.9").replace("a1", "b7"))
     assert not same_figure(svg, svg.replace("30.5", "35.0"))
+    assert not same_figure(svg, svg.replace("30.5", "31.9"))
+    large = svg.replace("30.5", "300")  # a hundredth, where that is more than a point
+    assert same_figure(large, large.replace("300", "302.9"))
+    assert not same_figure(large, large.replace("300", "303.1"))
     assert not same_figure(svg, svg.replace("M 1.0 2.0 L", "M 1.0 2.0 L 3 3 L"))
     assert not same_figure(svg, svg.replace("stroke", "fill"))
 
