@@ -6,6 +6,7 @@ script under `sys.settrace`.
 
 import ast
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
@@ -75,14 +76,23 @@ def entered(page: str, folder: Path) -> set[tuple[str, str]]:
     return {(file, name.partition(".<locals>")[0]) for file, name in pairs}
 
 
-def shown(page: str) -> str:
-    """Return everything that the copies of the page's source fences say."""
+def shown(page: str, module: str) -> str:
+    """Return what the copies of the page's source fences of a module say.
+
+    Two modules may have a function of the very same text; the page shows the one that it names.
+    """
+    return "\n".join(text for source, text in copies(page) if source.startswith(f"{module}."))
+
+
+@functools.cache
+def copies(page: str) -> list[tuple[str, str]]:
+    """Return the object that each source fence of a page shows, and the text of its copy."""
     blocks = collect(SITE, page).blocks
-    return "\n".join(
-        build_copy(SITE, blocks[:i], level="slice", libraries={}).text
+    return [
+        (block.options.source, build_copy(SITE, blocks[:i], level="slice", libraries={}).text)
         for i, block in enumerate(blocks, start=1)
         if block.options.source
-    )
+    ]
 
 
 def edited(file: Path, name: str) -> str:
@@ -106,7 +116,6 @@ def test_no_page_that_reaches_a_function_is_missed_and_few_others_are_run(tmp_pa
     pages = [page for page in SITE.pages() if collect(SITE, page, md).blocks]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         truth = dict(zip(pages, pool.map(lambda page: entered(page, tmp_path), pages), strict=True))
-    texts = {page: shown(page) for page in pages}
     proofs = {page: load_proof(SITE, page) for page in pages}
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     scratch = dataclasses.replace(SITE, source=(tmp_path / "src",))
@@ -122,6 +131,7 @@ def test_no_page_that_reaches_a_function_is_missed_and_few_others_are_run(tmp_pa
     for file in sorted(PACKAGE.glob("*/*.py")):
         below = file.relative_to(ROOT / "src")
         module, text = ".".join(below.with_suffix("").parts), file.read_text(encoding="utf-8")
+        texts = {page: shown(page, module) for page in pages}
         for name, node in functions_of(file).items():
             (tmp_path / "src" / below).write_text(edited(file, name), encoding="utf-8")
             source = ast.get_source_segment(text, node) or ""
