@@ -27,9 +27,10 @@ $(BIN)/python:
 	@echo "==> making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/docs.stamp: requirements/docs.lock | $(BIN)/python
+$(VENV)/docs.stamp: requirements/docs.lock pyproject.toml | $(BIN)/python
 	@echo "==> installing what the site needs (requirements/docs.lock)"
 	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/docs.lock
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/dev.stamp: requirements/dev.lock pyproject.toml | $(BIN)/python
@@ -41,7 +42,7 @@ $(VENV)/dev.stamp: requirements/dev.lock pyproject.toml | $(BIN)/python
 
 serve: $(VENV)/docs.stamp
 	@echo "==> http://127.0.0.1:8000/ (the first build takes some seconds)"
-	@PYTHONPATH=src $(BIN)/python -m mkdocs serve
+	@$(BIN)/python -m mkdocs serve
 
 test: check unit pages browser
 	@echo "==> all proven"
@@ -69,10 +70,10 @@ prove: $(VENV)/dev.stamp
 	@$(BIN)/python -m mdproof prove
 
 site: $(VENV)/docs.stamp
-	@PYTHONPATH=src $(BIN)/python -m mkdocs build --strict
+	@$(BIN)/python -m mkdocs build --strict
 
 zensical: $(VENV)/docs.stamp
-	@PYTHONPATH=src MDPROOF_STRICT=1 $(BIN)/zensical build --clean
+	@MDPROOF_STRICT=1 $(BIN)/zensical build --clean
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python tests/mdproof/bench_engine.py
