@@ -103,9 +103,19 @@ def test_a_result_shows_the_section_and_marks_the_words(open_page: Open) -> None
     ).first.wait_for()  # marked on the page as well
 
 
+def test_on_a_phone_the_results_fill_the_screen(open_page: Open) -> None:
+    page = open_page(width=390, height=850, search=True)
+    page.locator("label[for=__search]:visible").first.click()
+    type_in(page, "奖励模型")
+    page.locator(".md-search-result__item").first.wait_for()
+    page.wait_for_function(
+        "document.querySelector('.md-search__scrollwrap').getBoundingClientRect().height > 700"
+    )
+
+
 def test_nothing_found_is_said(open_page: Open) -> None:
     page = open_page(search=True)
-    type_in(page, "量子色动力学")
+    type_in(page, "阿司匹林")
     page.locator(".md-search-result__meta", has_text="没有找到").wait_for()
 
 
