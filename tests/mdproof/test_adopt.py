@@ -110,7 +110,7 @@ def test_the_engine_is_packed_alone_with_style_and_script(tmp_path: Path) -> Non
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, target / name, ignore=ignored)
     (target / "docs/assets").mkdir(parents=True)
-    for name in installing.ASSETS.values():
+    for name in (*installing.ASSETS.values(), "search-worker.js"):
         shutil.copy(ROOT / "docs/assets" / name, target / "docs/assets")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     done = subprocess.run(
@@ -122,7 +122,8 @@ def test_the_engine_is_packed_alone_with_style_and_script(tmp_path: Path) -> Non
     ours = list((ROOT / "src/mdproof").rglob("*.py"))
     packed = [name for name in names if name.endswith(".py")]
     assert len(packed) == len(ours)
-    assert {"mdproof/assets/mdproof.css", "mdproof/assets/mdproof.js"} <= set(names)
+    for name in (*installing.ASSETS.values(), "search-worker.js"):
+        assert f"mdproof/assets/{name}" in names
     (metadata,) = (name for name in names if name.endswith("METADATA"))
     assert "torch" not in zipfile.ZipFile(wheel).read(metadata).decode()
 

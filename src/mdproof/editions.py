@@ -1,0 +1,204 @@
+"""A MkDocs plugin: the site for programs, beside the pages for people.
+
+When the site is built it writes
+
+- `llms.txt`: every article by wing, in reading order, with its description;
+- beside each article's HTML its Markdown, `index.md`: what the author wrote, with the code of
+  source fences in place, and behind each block its recorded output, how it was verified, and the
+  hash of its runnable copy;
+- `snippets.json`: every block of the articles with its runnable copy, outputs and verification.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import BasePlugin
+
+from mdproof.article import Article, read_article
+from mdproof.block import Block, excuses
+from mdproof.collect import collect, make_pipeline, read_page
+from mdproof.copy import recorded_copy, stale_reasons
+from mdproof.overview import nav_title, reading_order
+from mdproof.proof import load_proof
+from mdproof.site import Site, load_site
+
+SCHEMA = 1
+_FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})")
+_LINK = re.compile(r"(?<=\]\()(?P<page>[^)\s:#]+)\.md(?P<anchor>#[^)\s]*)?(?=\))")
+
+
+def address(page: str) -> str:
+    """Return the address of a page below the site's: `a/b.md` is at `a/b/`."""
+    name = page.removesuffix(".md")
+    return "" if name == "index" else f"{name.removesuffix('/index')}/"
+
+
+def snippets(site: Site, page: str, base: str, blocks: Sequence[Block]) -> Iterator[dict[str, Any]]:
+    """Yield for each block of a page what a program may want of it.
+
+    Args:
+        site: The site.
+        page: Path below `docs`.
+        base: Address of the site, ending in a slash.
+        blocks: The page's blocks.
+    """
+    proof = load_proof(site, page)
+    reasons = stale_reasons(site, blocks, proof)
+    for position, (block, reason) in enumerate(zip(blocks, reasons, strict=True)):
+        record = proof.blocks[position] if proof and position < len(proof.blocks) else None
+        holds = record is not None and not reason and not block.options.norun
+        copy = recorded_copy(site, blocks[: position + 1], record) if holds and record else None
+        outputs = [
+            {key: value for key, value in out.items() if key in ("type", "text", "name")}
+            for out in (record["outputs"] if holds and record else [])
+        ]
+        yield {
+            "page": page,
+            "url": f"{base}{address(page)}#block-{block.index}",
+            "block": block.index,
+            "kind": block.kind,
+            "shown": block.shown or block.code,
+            "source": block.options.source,
+            "state": "verified" if holds else "not run" if block.options.norun else "stale",
+            "why": reason,
+            "code": copy.text if copy else "",
+            "sha256": copy.sha256 if copy else "",
+            "verified": record["verified"] if holds and record else [],
+            "date": record["date"] if holds and record else "",
+            "libraries": record["libraries"] if holds and record else {},
+            "outputs": outputs,
+            "excuses": excuses(block.options),
+            "alt": block.options.alt,
+        }
+
+
+def _end(lines: Sequence[str], start: int) -> int:
+    """Return the number of the line that closes the fence which opens on line `start`, from 0."""
+    opening = _FENCE.match(lines[start])
+    if opening is None:  # the fence was written otherwise, for example in a list
+        return start
+    marks = opening["marks"]
+    for number in range(start + 1, len(lines)):
+        text = lines[number].strip()
+        if text and set(text) == {marks[0]} and len(text) >= len(marks):
+            return number
+    return len(lines) - 1
+
+
+def _fenced(text: str, info: str, indent: str) -> list[str]:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    marks = "`" * max(3, longest + 1)
+    return [indent + line for line in (marks + info, *text.rstrip("\n").split("\n"), marks)]
+
+
+def _behind(snippet: dict[str, Any], base: str, indent: str) -> list[str]:
+    """Return the lines behind a block: its output and how it was verified."""
+    lines: list[str] = []
+    printed = "".join(out["text"] for out in snippet["outputs"] if out["type"] != "figure")
+    if printed.strip():
+        lines += ["", *_fenced(printed, "text", indent)]
+    for out in snippet["outputs"]:
+        if out["type"] == "figure":
+            page = snippet["page"].removesuffix(".md")
+            lines += [
+                "",
+                f"{indent}![{snippet['alt']}]({base}proofs/{page}/{out['name']}.light.svg)",
+            ]
+    ways = ", ".join(
+        way.get("target") or way.get("device") or way["how"] for way in snippet["verified"]
+    )
+    excused = "; ".join(f"{kind}: {why}" for kind, why in snippet["excuses"].items())
+    said = [f"block {snippet['block']}", snippet["state"]]
+    said += [ways, snippet["date"], snippet["sha256"] and f"copy {snippet['sha256']}", excused]
+    return [*lines, "", f"{indent}<!-- {' · '.join(filter(None, said))} -->".replace("--->", "-->")]
+
+
+def markdown(
+    site: Site,
+    article: Article,
+    base: str,
+    blocks: Sequence[Block],
+    found: Sequence[dict[str, Any]],
+) -> str:
+    """Return an article as Markdown with what its blocks gave.
+
+    Args:
+        site: The site.
+        article: The article.
+        base: Address of the site, ending in a slash.
+        blocks: Its blocks.
+        found: Its blocks as `snippets` gives them.
+    """
+    lines = read_page(site, article.page).split("\n")
+    for block, snippet in sorted(zip(blocks, found, strict=True), key=lambda pair: -pair[0].line):
+        start = block.line - 1
+        end = _end(lines, start)
+        indent = re.match(r"[ \t]*", lines[start])
+        indented = indent[0] if indent else ""
+        own = lines[start : end + 1]
+        if block.kind == "source" and end > start:
+            own = _fenced(snippet["shown"], "python", indented)
+        lines[start : end + 1] = [*own, *_behind(snippet, base, indented)]
+    folder = article.page.rpartition("/")[0]
+
+    def absolute(link: re.Match[str]) -> str:
+        target = Path("/", folder, link["page"] + ".md")
+        parts: list[str] = []
+        for part in target.parts[1:]:
+            if part == "..":
+                parts = parts[:-1]
+            else:
+                parts.append(part)
+        return base + address("/".join(parts)) + (link["anchor"] or "")
+
+    text = "\n".join(lines)
+    return _LINK.sub(absolute, text)
+
+
+def write(site: Site, folder: Path, base: str) -> None:
+    """Write the editions of a site into the folder of its HTML.
+
+    Args:
+        site: The site.
+        folder: Where the site was built.
+        base: Address of the site; a slash is added if it does not end in one.
+    """
+    base = base.rstrip("/") + "/"
+    mkdocs = site.settings["mkdocs"]
+    listing = [f"# {mkdocs.get('site_name', '')}", "", f"> {mkdocs.get('site_description', '')}"]
+    md = make_pipeline(site)
+    every: list[dict[str, Any]] = []
+    for wing in site.articles:
+        try:
+            pages = reading_order(site, wing)
+        except LookupError:
+            continue
+        listing += ["", f"## {nav_title(site, f'{wing}/index.md') or wing}", ""]
+        for page in pages:
+            article = read_article(site, page)
+            blocks = collect(site, page, md).blocks
+            found = list(snippets(site, page, base, blocks))
+            every += found
+            place = folder / address(page)
+            place.mkdir(parents=True, exist_ok=True)
+            text = markdown(site, article, base, blocks, found)
+            (place / "index.md").write_text(text, encoding="utf-8")
+            link = f"[{article.title}]({base}{address(page)}index.md)"
+            listing.append(f"- {link}: {article.description}")
+    (folder / "llms.txt").write_text("\n".join([*listing, ""]), encoding="utf-8")
+    whole = {"schema": SCHEMA, "site": mkdocs.get("site_name", ""), "url": base, "snippets": every}
+    text = json.dumps(whole, ensure_ascii=False, indent=1)
+    (folder / "snippets.json").write_text(text + "\n", encoding="utf-8")
+
+
+class EditionsPlugin(BasePlugin):
+    """`plugins: [mdproof-editions]`: writes the editions when the site is built."""
+
+    def on_post_build(self, *, config: MkDocsConfig) -> None:
+        """Write `llms.txt`, `snippets.json` and the Markdown of every article."""
+        site = load_site(Path(config.config_file_path).parent)
+        write(site, Path(config.site_dir), config.site_url or "/")
