@@ -105,8 +105,9 @@ class Index {
     return found;
   }
 
-  /* The terms that begin with a word, or, where there are none, the nearest ones. */
-  async similar(word) {
+  /* The terms that begin with a word, or, where there are none and the word may be misspelt, the
+     nearest ones; each with how much it counts. */
+  async similar(word, misspelt) {
     const all = await this.get("words");
     let [low, high] = [0, all.length];
     while (low < high) {
@@ -118,7 +119,7 @@ class Index {
     for (; low < all.length && all[low].startsWith(word) && longer.length < 40; low++) {
       if (all[low] !== word) longer.push([all[low], 0.7]);
     }
-    if (longer.length || word.length < 4) return longer;
+    if (longer.length || !misspelt || word.length < 4) return longer;
     const most = word.length > 7 ? 2 : 1;
     return all
       .filter((term) => Math.abs(term.length - word.length) <= most)
@@ -149,11 +150,10 @@ class Index {
       );
     }
     let meant = [];
-    if (exact < 3 && !IS_HAN.test(whole) && (exact || !best.size || whole.length > 2)) {
-      const others = await this.similar(whole);
-      const nearest = best.size ? others.filter(([, factor]) => factor === 0.7) : others;
-      for (const [term, factor] of nearest) take(await this.find(term), factor);
-      meant = nearest.filter(([term]) => !term.startsWith(whole)).map(([term]) => term);
+    if (exact < 3 && !IS_HAN.test(whole)) {
+      const others = await this.similar(whole, !best.size);
+      for (const [term, factor] of others) take(await this.find(term), factor);
+      meant = others.filter(([term]) => !term.startsWith(whole)).map(([term]) => term);
     }
     return { best, meant };
   }

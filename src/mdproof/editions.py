@@ -10,6 +10,7 @@ When the site is built it writes
 """
 
 import json
+import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from mdproof.proof import load_proof
 from mdproof.site import Site, load_site
 
 SCHEMA = 1
-_FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})")
+_FENCE = re.compile(r"(?P<before>[^`~]*)(?P<marks>`{3,}|~{3,})")
 _LINK = re.compile(r"(?<=\]\()(?P<page>[^)\s:#]+)\.md(?P<anchor>#[^)\s]*)?(?=\))")
 
 
@@ -50,11 +51,14 @@ def snippets(site: Site, page: str, base: str, blocks: Sequence[Block]) -> Itera
     reasons = stale_reasons(site, blocks, proof)
     for position, (block, reason) in enumerate(zip(blocks, reasons, strict=True)):
         record = proof.blocks[position] if proof and position < len(proof.blocks) else None
-        holds = record is not None and not reason and not block.options.norun
-        copy = recorded_copy(site, blocks[: position + 1], record) if holds and record else None
+        state = "stale" if reason or record is None else "verified"
+        if block.options.norun:  # its record proves only that it was not to be run: never verified
+            state = "not run"
+        held = record if state == "verified" and record else None
+        copy = recorded_copy(site, blocks[: position + 1], held) if held else None
         outputs = [
             {key: value for key, value in out.items() if key in ("type", "text", "name")}
-            for out in (record["outputs"] if holds and record else [])
+            for out in (held["outputs"] if held else [])
         ]
         yield {
             "page": page,
@@ -63,13 +67,13 @@ def snippets(site: Site, page: str, base: str, blocks: Sequence[Block]) -> Itera
             "kind": block.kind,
             "shown": block.shown or block.code,
             "source": block.options.source,
-            "state": "verified" if holds else "not run" if block.options.norun else "stale",
+            "state": state,
             "why": reason,
             "code": copy.text if copy else "",
             "sha256": copy.sha256 if copy else "",
-            "verified": record["verified"] if holds and record else [],
-            "date": record["date"] if holds and record else "",
-            "libraries": record["libraries"] if holds and record else {},
+            "verified": held["verified"] if held else [],
+            "date": held["date"] if held else "",
+            "libraries": held["libraries"] if held else {},
             "outputs": outputs,
             "excuses": excuses(block.options),
             "alt": block.options.alt,
@@ -79,11 +83,11 @@ def snippets(site: Site, page: str, base: str, blocks: Sequence[Block]) -> Itera
 def _end(lines: Sequence[str], start: int) -> int:
     """Return the number of the line that closes the fence which opens on line `start`, from 0."""
     opening = _FENCE.match(lines[start])
-    if opening is None:  # the fence was written otherwise, for example in a list
+    if opening is None:  # the line includes a snippet, which brings the fence
         return start
     marks = opening["marks"]
     for number in range(start + 1, len(lines)):
-        text = lines[number].strip()
+        text = lines[number].lstrip("> \t").rstrip()
         if text and set(text) == {marks[0]} and len(text) >= len(marks):
             return number
     return len(lines) - 1
@@ -114,7 +118,8 @@ def _behind(snippet: dict[str, Any], base: str, indent: str) -> list[str]:
     excused = "; ".join(f"{kind}: {why}" for kind, why in snippet["excuses"].items())
     said = [f"block {snippet['block']}", snippet["state"]]
     said += [ways, snippet["date"], snippet["sha256"] and f"copy {snippet['sha256']}", excused]
-    return [*lines, "", f"{indent}<!-- {' · '.join(filter(None, said))} -->".replace("--->", "-->")]
+    comment = " · ".join(filter(None, said)).replace("--", "—")  # which would end the comment
+    return [*lines, "", f"{indent}<!-- {comment} -->"]
 
 
 def markdown(
@@ -137,8 +142,8 @@ def markdown(
     for block, snippet in sorted(zip(blocks, found, strict=True), key=lambda pair: -pair[0].line):
         start = block.line - 1
         end = _end(lines, start)
-        indent = re.match(r"[ \t]*", lines[start])
-        indented = indent[0] if indent else ""
+        opening = _FENCE.match(lines[start])
+        indented = re.sub(r"[^>\s]", " ", opening["before"]) if opening else ""
         own = lines[start : end + 1]
         if block.kind == "source" and end > start:
             own = _fenced(snippet["shown"], "python", indented)
@@ -146,17 +151,10 @@ def markdown(
     folder = article.page.rpartition("/")[0]
 
     def absolute(link: re.Match[str]) -> str:
-        target = Path("/", folder, link["page"] + ".md")
-        parts: list[str] = []
-        for part in target.parts[1:]:
-            if part == "..":
-                parts = parts[:-1]
-            else:
-                parts.append(part)
-        return base + address("/".join(parts)) + (link["anchor"] or "")
+        target = posixpath.normpath(posixpath.join(folder, link["page"] + ".md"))
+        return base + address(target) + (link["anchor"] or "")
 
-    text = "\n".join(lines)
-    return _LINK.sub(absolute, text)
+    return _LINK.sub(absolute, "\n".join(lines))
 
 
 def write(site: Site, folder: Path, base: str) -> None:

@@ -29,6 +29,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.plugins import BasePlugin, CombinedEvent, event_priority
 from mkdocs.structure.pages import Page
 
+from mdproof.installing import AssetsError, asset
+
 VERSION = "v1"
 _HAN = r"\u3400-\u4dbf\u4e00-\u9fff"
 _LETTER = r"A-Za-z0-9\u0370-\u03ff"
@@ -48,6 +50,11 @@ USUAL_LENGTH = 160
 """The number of terms at which a section is neither favoured nor punished."""
 
 
+def is_han(word: str) -> bool:
+    """Tell whether a word, or a term, is Chinese."""
+    return "\u3400" <= word[0] <= "\u9fff"
+
+
 def words(text: str) -> Iterator[tuple[str, list[str]]]:
     """Yield each word of a text with its terms.
 
@@ -57,7 +64,7 @@ def words(text: str) -> Iterator[tuple[str, list[str]]]:
     """
     for match in _WORD.finditer(text):
         word = match[0]
-        if "\u3400" <= word[0] <= "\u9fff":
+        if is_han(word):
             yield word, [word] if len(word) == 1 else [a + b for a, b in pairwise(word)]
             continue
         whole = word.lower()
@@ -123,7 +130,7 @@ def weights(
             counts[term] += PAGE_TITLE if first else SECTION_TITLE
     if first:
         for word, terms in (pair for tag in [title, *tags] for pair in words(tag)):
-            single = word if "\u3400" <= word[0] <= "\u9fff" else ""
+            single = word if is_han(word) else ""
             for term in {*terms, *single}:  # a query of one character finds titles and tags
                 counts[term] += PAGE_TAG
     slow = 1.2 * (0.6 + 0.4 * (length + 20) / USUAL_LENGTH)
@@ -168,7 +175,7 @@ def write(docs: list[dict[str, Any]], folder: Path) -> None:
         tables[shard(term, shards)][term] = row
     for number, table in enumerate(tables):
         _json(folder / "terms" / f"{number}.json", table)
-    _json(folder / "words.json", [t for t in sorted(postings) if not "\u3400" <= t[0] <= "\u9fff"])
+    _json(folder / "words.json", [term for term in sorted(postings) if not is_han(term)])
     _json(folder / "pages.json", {"sections": section, "shards": shards, "pages": listed})
 
 
@@ -200,16 +207,18 @@ class SearchPlugin(BasePlugin):
         """Write the shards, empty Material's index, and put our worker in the place of Material's.
 
         Raises:
-            PluginError: If Material's index or worker is not where it should be.
+            PluginError: If Material's index or worker, or our worker, is not where it should be.
         """
         site = Path(config.site_dir)
         whole = site / "search" / "search_index.json"
         workers = list((site / "assets" / "javascripts" / "workers").glob("search.*.js"))
         if not whole.is_file() or len(workers) != 1:
-            raise PluginError("mdproof-search needs Material's search plugin, listed before it")
+            raise PluginError("mdproof-search needs Material's search plugin")
+        try:
+            worker = asset("search-worker.js").read_bytes()
+        except AssetsError as error:
+            raise PluginError(f"mdproof-search: {error}") from None
         index = json.loads(whole.read_text(encoding="utf-8"))
         write(index["docs"], whole.parent / VERSION)
         _json(whole, {**index, "docs": []})
-        from mdproof.installing import asset
-
-        workers[0].write_bytes(asset("search-worker.js").read_bytes())
+        workers[0].write_bytes(worker)

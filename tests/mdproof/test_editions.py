@@ -1,13 +1,17 @@
 """The site for programs: what is written is what the pages show and the proofs record."""
 
+import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mdproof.article import read_article
+from mdproof.article import Article, read_article
+from mdproof.block import Block
 from mdproof.collect import collect
 from mdproof.copy import payloads
 from mdproof.editions import EditionsPlugin, _end, address, markdown, snippets, write
@@ -68,7 +72,7 @@ def test_what_is_not_run_is_not_called_verified(index: dict[str, Any]) -> None:
         else:
             assert (each["state"], each["why"]) == ("verified", "")
             assert each["verified"]
-            assert len(each["sha256"]) == 32 or each["block"]
+            assert each["sha256"] == hashlib.sha256(each["code"].encode()).hexdigest()[:32]
 
 
 def test_the_markdown_has_each_block_its_output_and_its_hash(
@@ -104,7 +108,9 @@ def test_a_link_leads_where_it_led(folder: Path) -> None:
         (["````python", "```", "x", "```", "````"], 4),
         (["  ~~~ python", "  ```", "  ~~~~", "y"], 2),
         (["```python", "x", "``` not the end"], 2),
-        (["- text"], 0),
+        (["- ```python", "  x", "  ```", "y"], 2),
+        (["> ```python", "> x", "> ```", "y"], 2),
+        (['--8<-- "part.md"'], 0),
     ],
 )
 def test_the_end_of_a_fence(lines: list[str], end: int) -> None:
@@ -122,8 +128,6 @@ def test_addresses(page: str, where: str) -> None:
 def test_a_stale_block_says_so_and_gives_no_copy(site: Site) -> None:
     page = "large-models/attention.md"
     blocks = list(collect(site, page).blocks)
-    from dataclasses import replace
-
     blocks[1] = replace(blocks[1], code=blocks[1].code + "\nprint(1)\n")
     found = list(snippets(site, page, BASE, blocks))
     assert (found[0]["state"], found[1]["state"]) == ("verified", "stale")
@@ -134,10 +138,41 @@ def test_a_stale_block_says_so_and_gives_no_copy(site: Site) -> None:
 
 
 def test_the_plugin_writes_beside_the_pages(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     config = SimpleNamespace(
         config_file_path=str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), site_url=BASE
     )
     EditionsPlugin().on_post_build(config=config)  # type: ignore
     assert {path.name for path in tmp_path.iterdir()} > {"llms.txt", "snippets.json"}
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (["- text", "- ```python", "  print(1)", "  ```", "  more"], "  ```text\n  1\n  ```"),
+        (["> ```python", "> print(1)", "> ```"], "> ```text\n> 1\n> ```"),
+    ],
+)
+def test_the_output_stands_where_its_block_stands(
+    site: Site, tmp_path: Path, written: list[str], shown: str
+) -> None:
+    (tmp_path / "page.md").write_text("\n".join(written), encoding="utf-8")
+    start = next(number for number, line in enumerate(written, 1) if "```" in line)
+    block = Block("page.md", 1, start, "code", "print(1)\n")
+    found = {
+        "page": "page.md",
+        "block": 1,
+        "state": "verified",
+        "verified": [{"how": "cpu"}],
+        "date": "2026-11-27",
+        "sha256": "",
+        "outputs": [{"type": "stdout", "text": "1\n"}],
+        "excuses": {"varies": "a --> b"},
+        "shown": "",
+        "alt": "",
+    }
+    here = replace(site, docs=tmp_path)
+    article = Article("page.md", "", None, None, (), "", (), "", 1, {})
+    text = markdown(here, article, BASE, [block], [found])
+    closed = text.index(written[-1] if written[-1] != "  more" else "  ```")
+    assert text.index(shown) > closed
+    assert text.count("-->") == 1

@@ -86,6 +86,7 @@ def test_a_query_loads_little(open_page: Open, built: Path) -> None:
     page.locator(".md-search-result__item").first.wait_for()
     files = {built / "search" / url.split("/search/")[1] for url in bodies if "/search/" in url}
     assert any(file.parent.name == "terms" for file in files)
+    files |= {built / "search" / name for name in ("search_index.json", f"{VERSION}/pages.json")}
     assert sum(len(gzip.compress(file.read_bytes())) for file in files) < 150_000
 
 
