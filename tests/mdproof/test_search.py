@@ -36,7 +36,7 @@ DOCS: list[dict[str, Any]] = [
         ("dpo/#loss", "损失", "<p><code>dpo_loss</code> 是 <b>对偶</b> 的 a &lt; b</p>"),
         ("flash/", "FlashAttention", "<p>分块的 softmax，注意力矩阵不落显存。</p>"),
         ("flash/#online", "在线 softmax", "<p>" + "合并两块。" * 60 + "对数尺度</p>"),
-        ("dual/", "对偶数", "<p>前向模式，constructor 与 β 方向</p>"),
+        ("dual/", "对偶数", "<p>前向模式与 β 方向</p>"),
         ("empty/", "", ""),
     ]
 ]
@@ -113,6 +113,8 @@ def test_a_posting_is_read_back_as_it_was_weighed(folder: Path, worker: Worker) 
 
 def test_a_title_weighs_more_than_a_text_and_a_long_section_less() -> None:
     assert weights("奖励", "", [], first=True)["奖励"] > weights("", "奖励", [], first=True)["奖励"]
+    inner, text = (weights(*both, [], first=False)["奖励"] for both in (("奖励", ""), ("", "奖励")))
+    assert inner > text
     short, long = "奖励", "奖励" + "。值" * 400
     assert weights("", short, [], first=False)["奖励"] > weights("", long, [], first=False)["奖励"]
     assert weights("熵", "", [], first=True)["熵"] > 1
@@ -135,6 +137,7 @@ def test_a_title_weighs_more_than_a_text_and_a_long_section_less() -> None:
         ("flash attention", "flash/"),
         ("flashattention", "flash/"),
         ("flashatention", "flash/"),
+        ("flashatt", "flash/"),
         ("sofmtax", "flash/"),
         ("attn 注意力", "flash/"),
         ("β", "dual/"),
@@ -149,8 +152,32 @@ def test_no_answer_where_there_is_none(worker: Worker, query: str) -> None:
     assert [page for page in worker.pages(query) if page != "dpo/"] == []
 
 
-def test_words_that_every_object_has_are_words(worker: Worker) -> None:
-    assert worker.pages("constructor") == ["dual/"]
+def test_what_every_object_has_is_no_term(worker: Worker) -> None:
+    assert worker.call("index.find('constructor').then((map) => [...map])") == []
+
+
+def opened(tmp_path: Path, *pages: tuple[str, str, str]) -> Worker:
+    """Return a worker with an index of pages: location, title, text."""
+    write([dict(zip(("location", "title", "text"), page, strict=True)) for page in pages], tmp_path)
+    worker = Worker()
+    worker.open(tmp_path)
+    return worker
+
+
+def test_a_section_with_little_of_the_query_is_no_answer(worker: Worker) -> None:
+    assert worker.pages("奖励甲乙丙丁戊己庚") == []
+
+
+def test_all_words_in_a_text_beat_one_word_in_a_title(tmp_path: Path) -> None:
+    long = "alpha beta " + "其余。" * 400
+    worker = opened(tmp_path, ("title/", "alpha", ""), ("text/", "", long), ("other/", "", "beta"))
+    assert worker.pages("alpha beta")[0] == "text/"
+
+
+def test_a_rare_word_counts_more_than_a_common_one(tmp_path: Path) -> None:
+    many = [(f"p{number}/", "", "common") for number in range(9)]
+    worker = opened(tmp_path, ("usual/", "common", ""), *many, ("special/", "rare", ""))
+    assert worker.pages("common rare")[0] == "special/"
 
 
 def test_an_answer_is_sections_with_marked_excerpts(worker: Worker) -> None:
