@@ -261,13 +261,15 @@ def test_shares_average_to_one():
 def test_torchrun_starts_the_processes_and_returns_what_they_print(tmp_path):
     script = tmp_path / "hello.py"
     script.write_text(
-        "import torch, torch.distributed as dist\n"
+        "import os, sys, torch, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
         "x = torch.ones(1) * (dist.get_rank() + 1)\n"
         "dist.all_reduce(x)\n"
         "if dist.get_rank() == 0:\n"
         "    print('sum', x.item())\n"
         "dist.destroy_process_group()\n"
+        "sys.stdout.flush()\n"
+        "os._exit(0)\n"  # a thread of gloo may still hold x, and then aborts a normal exit
     )
     assert torchrun(script, n_processes=2) == "sum 3.0\n"
 
