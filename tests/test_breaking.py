@@ -72,6 +72,23 @@ BREAKS = {
         "weight * np.exp(votes[-1] * wrong)",
         "weight * np.exp(-votes[-1] * wrong)",
     ),
+    "large_models/rope": (
+        "[a * cos - b * sin, a * sin + b * cos]",
+        "[a * cos - b * sin, a * sin - b * cos]",
+    ),
+    "large_models/llama": (
+        "F.silu(self.gate(x)) * self.up(x)",
+        "F.silu(self.up(x)) * self.gate(x) * 2",
+    ),
+    "large_models/lr_schedule": (
+        "floor + (1 - floor) / 2 * (1 + math.cos",
+        "floor + (1 - floor) / 2 * (1 - math.cos",
+    ),
+    "large_models/transformer_decoder": (
+        "start = 0 if cache is None else cache.length",
+        "start = 0",
+    ),
+    "large_models/generation": ("before >= top_p)", "before + ranked >= top_p)"),
     "deep_learning/margin_softmax": (
         "torch.where(theta <= math.pi - m, (theta + m).cos(), beyond)",
         "torch.where(theta <= math.pi - m, (theta - m).cos(), beyond)",
@@ -126,6 +143,8 @@ BREAKS = {
 
 # Kernels that stand on another page than the definition beside them.
 ELSEWHERE = {
+    "large_models/lr_schedule": "large-models/llama.md",
+    "large_models/generation": "large-models/transformer-decoder.md",
     "deep_learning/adamw_triton": "python/triton-first-kernel.md",
     "deep_learning/softmax_cross_entropy_triton": "python/triton-first-kernel.md",
 }
