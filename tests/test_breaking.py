@@ -76,6 +76,10 @@ BREAKS = {
         "[a * cos - b * sin, a * sin + b * cos]",
         "[a * cos - b * sin, a * sin - b * cos]",
     ),
+    "large_models/attention_variants": (
+        "(d_h + self.config.rope_width) ** -0.5",
+        "((self.config.kv_latent if absorb else d_h) + self.config.rope_width) ** -0.5",
+    ),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",
