@@ -80,6 +80,11 @@ BREAKS = {
         "(d_h + self.config.rope_width) ** -0.5",
         "((self.config.kv_latent if absorb else d_h) + self.config.rope_width) ** -0.5",
     ),
+    "large_models/lora": (
+        "self.base.weight + self.increment()",
+        "self.base.weight - self.increment()",
+    ),
+    "large_models/nf4": ("(31 / 32 + 29 / 30) / 2", "(31 / 32 + 1) / 2"),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",
@@ -147,6 +152,7 @@ BREAKS = {
 
 # Kernels that stand on another page than the definition beside them.
 ELSEWHERE = {
+    "large_models/nf4": "large-models/lora.md",
     "large_models/lr_schedule": "large-models/llama.md",
     "large_models/generation": "large-models/transformer-decoder.md",
     "deep_learning/adamw_triton": "python/triton-first-kernel.md",
