@@ -85,6 +85,11 @@ BREAKS = {
         "self.base.weight - self.increment()",
     ),
     "large_models/nf4": ("(31 / 32 + 29 / 30) / 2", "(31 / 32 + 1) / 2"),
+    "large_models/adapter_tuning": (
+        "whole @ base.weight",
+        "base.weight @ whole",
+    ),
+    "large_models/prefix_tuning": ("(prefix - text).sigmoid()", "(text - prefix).sigmoid()"),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",

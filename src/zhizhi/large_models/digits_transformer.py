@@ -155,7 +155,7 @@ def upright_digits() -> Digits:
     return digits_split(generator=torch.Generator().manual_seed(0))
 
 
-def pretrained_digits(*, steps: int = 300) -> DigitsTransformer:
+def pretrained_digits(*, steps: int = 200) -> DigitsTransformer:
     r"""Return a transformer trained on upright digits, the same at every call.
 
     Args:

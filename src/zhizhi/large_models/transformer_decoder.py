@@ -59,6 +59,10 @@ class KVCache:
         """Size of the buffers in bytes: 2 L B T G Dh numbers."""
         return self._kv.nbytes
 
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the keys and the values of each layer, of the positions read so far."""
+        return [(k[:, : self.length], v[:, : self.length]) for k, v in self._kv]
+
     def append(
         self, layer: int, k: Float[Tensor, "B N G Dh"], v: Float[Tensor, "B N G Dh"]
     ) -> tuple[Float[Tensor, "B S G Dh"], Float[Tensor, "B S G Dh"]]:
