@@ -133,7 +133,7 @@ def sigmoid_top_k(
     """
     E = logits.shape[-1]
     s = logits.sigmoid()
-    choice = (s + bias).detach()
+    choice = s + bias
     if n_groups > 1:
         allowed = in_best_groups(choice, n_groups=n_groups, k_groups=k_groups)
         choice = choice.masked_fill(~allowed, -torch.inf)
