@@ -149,6 +149,10 @@ BREAKS = {
         "b_p * (b_dp - delta), mask=m_c",
         "b_p * (b_dp + delta), mask=m_c",
     ),
+    "large_models/moe": (
+        "return bias - rate * excess.sign()",
+        "return bias + rate * excess.sign()",
+    ),
     "generative_models/ddpm": (
         "(x_t - _as(shift, x_t) * noise_hat)",
         "(x_t + _as(shift, x_t) * noise_hat)",
