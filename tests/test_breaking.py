@@ -90,6 +90,10 @@ BREAKS = {
         "base.weight @ whole",
     ),
     "large_models/prefix_tuning": ("(prefix - text).sigmoid()", "(text - prefix).sigmoid()"),
+    "large_models/sequence_packing": (
+        "torch.cat([t.new_full((1,), ignore_index), t[1:]])",
+        "torch.cat([t[:1], t[1:]])",
+    ),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",
