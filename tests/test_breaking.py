@@ -94,6 +94,10 @@ BREAKS = {
         "torch.cat([t.new_full((1,), ignore_index), t[1:]])",
         "torch.cat([t[:1], t[1:]])",
     ),
+    "large_models/training_memory": (
+        "tokens * (34 + 5 * n_heads * length / width)",
+        "tokens * (34 + 4 * n_heads * length / width)",
+    ),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",
