@@ -98,6 +98,10 @@ BREAKS = {
         "tokens * (34 + 5 * n_heads * length / width)",
         "tokens * (34 + 4 * n_heads * length / width)",
     ),
+    "large_models/tokenizer_bpe": (
+        "words[i] = merge_pair(words[i], pair, new)",
+        "words[i] = merge_pair(words[i], pair[::-1], new)",
+    ),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",

@@ -1,7 +1,7 @@
 """Where the memory of training goes: states by the parameter, activations by the token."""
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -130,11 +130,8 @@ class MixedAdamW:
             p.copy_(w)
 
 
-Keeping = Literal["all", "no scores", "inputs"]
-
-
 def activation_bytes(
-    *, batch: int, length: int, width: int, n_heads: int, n_layers: int, keep: Keeping = "all"
+    *, batch: int, length: int, width: int, n_heads: int, n_layers: int, keep: str = "all"
 ) -> float:
     r"""Return the bytes that the layers of a GPT keep for the backward pass, in 16 bits.
 
