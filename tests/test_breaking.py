@@ -102,6 +102,10 @@ BREAKS = {
         "words[i] = merge_pair(words[i], pair, new)",
         "words[i] = merge_pair(words[i], pair[::-1], new)",
     ),
+    "large_models/alpaca": (
+        "[IGNORE] * len(asked) + answered",
+        "asked + answered",
+    ),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",
