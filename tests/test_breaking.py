@@ -106,6 +106,10 @@ BREAKS = {
         "[IGNORE] * len(asked) + answered",
         "asked + answered",
     ),
+    "large_models/deepseek_llm": (
+        "12 * n_layers * width * length",
+        "6 * n_layers * width * length",
+    ),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",

@@ -3,7 +3,7 @@ import itertools
 import pytest
 from tests.closeness import assert_exact
 
-from zhizhi.large_models.lr_schedule import cosine_with_warmup
+from zhizhi.large_models.lr_schedule import cosine_with_warmup, multi_step
 
 
 def test_the_rate_rises_straight_and_falls_to_the_floor():
@@ -38,3 +38,31 @@ def test_after_the_run_the_floor_is_kept_and_no_warm_up_begins_at_the_peak():
 def test_a_run_that_makes_no_sense_is_refused(step, how, message):
     with pytest.raises(ValueError, match=message):
         cosine_with_warmup(step, **how)
+
+
+def test_steps_stay_and_fall_where_they_should():
+    rates = [multi_step(s, n_steps=1000, n_warmup=100) for s in range(1000)]
+    assert_exact(rates[:101], [s / 100 for s in range(101)])
+    assert set(rates[100:800]) == {1.0}
+    assert set(rates[800:900]) == {0.316}
+    assert set(rates[900:]) == {0.1}
+    assert pytest.approx(10**-0.5, abs=1e-3) == 0.316
+
+
+def test_a_longer_run_begins_like_a_shorter_one():
+    short, long = ([multi_step(s, n_steps=n, n_warmup=10) for s in range(80)] for n in (100, 300))
+    assert short == long
+
+
+@pytest.mark.parametrize(
+    ("step", "how", "message"),
+    [
+        (0, {"milestones": (0.9, 0.8)}, "one each, ascending"),
+        (0, {"milestones": (0.5,)}, "one each, ascending"),
+        (0, {"n_warmup": 80}, "n_warmup 80"),
+        (-1, {}, "step is -1"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused(step, how, message):
+    with pytest.raises(ValueError, match=message):
+        multi_step(step, **({"n_steps": 100, "n_warmup": 10} | how))
