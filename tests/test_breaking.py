@@ -110,6 +110,15 @@ BREAKS = {
         "12 * n_layers * width * length",
         "6 * n_layers * width * length",
     ),
+    "large_models/deepseek_v3": (
+        "further = next_token_loss(logits, ids[:, k:])",
+        "further = next_token_loss(logits, ids[:, : 1 - k or None][:, : logits.shape[1]])",
+    ),
+    "large_models/fp8": (
+        "product * x.scales[:, k, None] * rows[None, :, k]",
+        "product * x.scales[:, k, None] / rows[None, :, k]",
+    ),
+    "large_models/pipeline": ("ahead = P - s", "ahead = P - s + 1"),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",
@@ -181,6 +190,8 @@ BREAKS = {
 
 # Kernels that stand on another page than the definition beside them.
 ELSEWHERE = {
+    "large_models/fp8": "large-models/deepseek-v3.md",
+    "large_models/pipeline": "large-models/deepseek-v3.md",
     "large_models/nf4": "large-models/lora.md",
     "large_models/lr_schedule": "large-models/llama.md",
     "large_models/generation": "large-models/transformer-decoder.md",
