@@ -7,6 +7,7 @@ import torch
 from tests.closeness import assert_exact
 
 from zhizhi.large_models.rope import (
+    by_parts_frequencies,
     grid_angles,
     interleaved_to_half,
     interpolated_frequencies,
@@ -164,6 +165,17 @@ def test_yarn_without_stretching_changes_nothing():
     assert_exact(yarn_temperature(math.exp(10)), 2.0)
 
 
+def test_by_parts_is_a_line_in_turns_and_differs_from_the_code_of_yarn():
+    f = rope_frequencies(128)
+    ratio = by_parts_frequencies(128, scale=8.0, trained_length=4096) / f
+    for r, theta in zip(ratio.tolist(), f.tolist(), strict=True):
+        turns = 4096 * theta / (2 * math.pi)
+        keep = min(1.0, max(0.0, (turns - 1) / 31))
+        assert r == pytest.approx(keep + (1 - keep) / 8)
+    other = yarn_frequencies(128, scale=8.0, trained_length=4096) / f
+    assert (other / ratio).max() > 1.5  # the paper interpolates the middle much more
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -178,6 +190,7 @@ def test_yarn_without_stretching_changes_nothing():
         (lambda: ntk_frequencies(2, scale=2.0), "d 2"),
         (lambda: yarn_frequencies(8, scale=0.5, trained_length=8), "scale is 0.5"),
         (lambda: yarn_frequencies(8, scale=2.0, trained_length=8, fast=1.0), "fast 1.0"),
+        (lambda: by_parts_frequencies(8, scale=0.5, trained_length=8), "scale is 0.5"),
         (lambda: yarn_temperature(0.5), "scale is 0.5"),
     ],
 )

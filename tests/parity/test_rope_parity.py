@@ -6,6 +6,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from zhizhi.large_models.rope import (
+    by_parts_frequencies,
     interpolated_frequencies,
     ntk_frequencies,
     rope_frequencies,
@@ -64,3 +65,18 @@ def test_yarn_frequencies_and_temperature_are_theirs(scale, base):
     ours = yarn_frequencies(128, scale=scale, trained_length=4096, base=base)
     assert_float32(ours, theirs)
     assert abs(temperature - yarn_temperature(scale)) < 1e-12
+
+
+def test_by_parts_with_four_turns_is_llama3():
+    setting = config(
+        rope_type="llama3",
+        factor=8.0,
+        rope_theta=500_000.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+        max_position_embeddings=131_072,
+    )
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](setting, "cpu")
+    ours = by_parts_frequencies(128, scale=8.0, trained_length=8192, base=500_000.0, fast=4.0)
+    assert_float32(ours, theirs)

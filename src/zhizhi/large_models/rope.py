@@ -286,10 +286,7 @@ def yarn_frequencies(
     Reference:
         Peng et al. (2023), arXiv:2309.00071, Sec. 3.2; transformers, rope type "yarn".
     """
-    if scale < 1 or not 0 < slow < fast:
-        raise ValueError(
-            f"scale is {scale}, slow {slow} and fast {fast}: scale >= 1 and 0 < slow < fast."
-        )
+    _check_stretch(scale, fast, slow)
     frequencies = rope_frequencies(d, base=base)
 
     def pair(turns: float) -> float:
@@ -300,6 +297,52 @@ def yarn_frequencies(
     i = torch.arange(d // 2, dtype=torch.float64)
     ramp = ((i - first) / max(last - first, 1e-3)).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / scale * ramp  # (eq:rope-yarn)
+
+
+def by_parts_frequencies(
+    d: int,
+    *,
+    scale: float,
+    trained_length: int,
+    base: float = 10_000.0,
+    fast: float = 32.0,
+    slow: float = 1.0,
+) -> Float[Tensor, " pairs"]:
+    r"""Draw the line of YaRN in the number of turns, as its paper does; with fast = 4, Llama 3.1.
+
+    $$
+    \theta_i' = (1 - \gamma_i)\, \theta_i / s + \gamma_i\, \theta_i, \qquad
+    \gamma_i = \operatorname{clip}\Big(
+        \frac{r_i - r_{\text{slow}}}{r_{\text{fast}} - r_{\text{slow}}}, 0, 1\Big), \qquad
+    r_i = \frac{T_0 \theta_i}{2\pi}
+    $$
+
+    Args:
+        d: Width of a head.
+        scale: New length over trained length, s >= 1.
+        trained_length: Positions seen in training, T_0.
+        base: As trained.
+        fast: Turns from which a pair is left alone.
+        slow: Turns up to which a pair is interpolated.
+
+    Returns:
+        d/2 frequencies.
+
+    Raises:
+        ValueError: If s < 1 or not 0 < slow < fast.
+
+    Example:
+        >>> by_parts_frequencies(4, scale=4.0, trained_length=256)
+        tensor([1.0000, 0.0025], dtype=torch.float64)
+
+    Reference:
+        Peng et al. (2023), arXiv:2309.00071, Sec. 3.2, "NTK-by-parts"; transformers, type "llama3".
+    """
+    _check_stretch(scale, fast, slow)
+    frequencies = rope_frequencies(d, base=base)
+    turns = trained_length * frequencies / (2 * math.pi)
+    keep = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scale
 
 
 def yarn_temperature(scale: float) -> float:
@@ -328,3 +371,10 @@ def yarn_temperature(scale: float) -> float:
     if scale < 1:
         raise ValueError(f"scale is {scale}: a context is stretched by at least 1.")
     return 0.1 * math.log(scale) + 1.0
+
+
+def _check_stretch(scale: float, fast: float, slow: float) -> None:
+    if scale < 1 or not 0 < slow < fast:
+        raise ValueError(
+            f"scale is {scale}, slow {slow} and fast {fast}: scale >= 1 and 0 < slow < fast."
+        )
