@@ -119,6 +119,10 @@ BREAKS = {
         "product * x.scales[:, k, None] / rows[None, :, k]",
     ),
     "large_models/pipeline": ("ahead = P - s", "ahead = P - s + 1"),
+    "large_models/deepseek_r1": (
+        "if len(answers) != 1:",
+        "if len(answers) < 1:",
+    ),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
         "F.silu(self.up(x)) * self.gate(x) * 2",
