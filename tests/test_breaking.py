@@ -120,8 +120,8 @@ BREAKS = {
     ),
     "large_models/pipeline": ("ahead = P - s", "ahead = P - s + 1"),
     "large_models/deepseek_r1": (
-        "if len(answers) != 1:",
-        "if len(answers) < 1:",
+        "return 1 - math.comb(n - c, k) / math.comb(n, k)",
+        "return math.comb(n - c, k) / math.comb(n, k)",
     ),
     "large_models/llama": (
         "F.silu(self.gate(x)) * self.up(x)",
