@@ -119,6 +119,10 @@ BREAKS = {
         "product * x.scales[:, k, None] / rows[None, :, k]",
     ),
     "large_models/pipeline": ("ahead = P - s", "ahead = P - s + 1"),
+    "large_models/rlhf_ppo": (
+        "rewards = (-beta * (logp - logp_ref))",
+        "rewards = (beta * (logp - logp_ref))",
+    ),
     "large_models/deepseek_r1": (
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
         "return math.comb(n - c, k) / math.comb(n, k)",
