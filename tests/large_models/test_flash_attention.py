@@ -21,6 +21,7 @@ from zhizhi.large_models.flash_attention import (
     flash_hbm_accesses,
     merge_states,
     online_softmax,
+    split_kv_attention,
     standard_hbm_accesses,
 )
 
@@ -127,6 +128,52 @@ def test_backward_equals_autograd_of_the_plain_definition(T, S, block_q, block_k
         assert_exact(actual, wanted)
 
 
+def windowed(q, k, v, window):
+    T, S = q.shape[-2], k.shape[-2]
+    t, s = torch.arange(T)[:, None] + S - T, torch.arange(S)[None, :]
+    x = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill((s > t) | (s <= t - window), -torch.inf)
+    return torch.nan_to_num(x.softmax(dim=-1)) @ v
+
+
+@pytest.mark.parametrize(("T", "S"), SHAPES)
+@pytest.mark.parametrize("window", [1, 4, 16, 1000])
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (7, 5)])
+def test_a_window_forward_and_backward(T, S, window, block_q, block_k):
+    q, k, v, do = draw((2, T, 8), (2, S, 8), (2, S, 6), (2, T, 6))
+    rules = {"causal": True, "window": window, "block_q": block_q, "block_k": block_k}
+    out, lse = flash_attention(q, k, v, **rules)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    wanted = windowed(*inputs, window)
+    assert_exact(out, wanted.detach())
+    if S >= T:  # an empty row has no gradient, and autograd of the plain softmax gives NaN
+        grads = flash_attention_backward(do, q, k, v, out, lse, **rules)
+        for actual, expected in zip(grads, torch.autograd.grad(wanted, inputs, do), strict=True):
+            assert_exact(actual, expected)
+
+
+def test_a_window_visits_a_number_of_tiles_that_is_linear_in_the_length(monkeypatch):
+    from zhizhi.large_models import flash_attention as module
+
+    tiles = []
+    original = module.attend_tile
+    monkeypatch.setattr(module, "attend_tile", lambda *a: tiles.append(a) or original(*a))
+    for T in (128, 256):
+        q, k, v = draw((T, 8), (T, 8), (T, 8))
+        tiles.clear()
+        module.flash_attention(q, k, v, causal=True, window=32, block_q=16, block_k=16)
+        assert len(tiles) == 3 * (T // 16) - 3  # 32/16 + 1 a row of tiles, fewer at the start
+
+
+@pytest.mark.parametrize("n_splits", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize(("T", "S"), [(1, 30), (4, 53), (6, 3), (1, 1), (2, 0)])
+def test_a_split_cache_gives_what_a_whole_one_does(T, S, n_splits):
+    q, k, v = draw((2, T, 8), (2, S, 8), (2, S, 6))
+    out, lse = split_kv_attention(q, k, v, n_splits=n_splits)
+    whole, whole_lse = flash_attention(q, k, v, causal=True)
+    assert_exact(out, whole)
+    assert_exact(lse, whole_lse)
+
+
 def test_causal_forward_does_not_touch_tiles_above_the_diagonal(monkeypatch):
     from zhizhi.large_models import flash_attention as module
 
@@ -179,6 +226,18 @@ def test_flash_accesses_fall_as_one_over_memory():
     [
         (lambda x: online_softmax(x[0], block=0), r"^block is 0; it must be at least 1\.$"),
         (lambda x: flash_attention(x, x, x, block_q=0), r"^block_q is 0; it must be at least 1\.$"),
+        (
+            lambda x: flash_attention(x, x, x, window=4),
+            r"^window is 4 without causal: a window ends at its query\.$",
+        ),
+        (
+            lambda x: flash_attention(x, x, x, causal=True, window=0),
+            r"^window is 0; it must be at least 1\.$",
+        ),
+        (
+            lambda x: split_kv_attention(x, x, x, n_splits=0),
+            r"^n_splits is 0; it must be at least 1\.$",
+        ),
         (
             lambda x: flash_attention_backward(x, x, x, x, x, x[:, 0], block_k=-1),
             r"^block_k is -1; it must be at least 1\.$",

@@ -60,3 +60,15 @@ def test_flex_attention_agrees_and_gives_the_same_log_sum_exp():
     ours, our_lse = flash_attention(q, k, v)
     assert_float32(ours, out)
     assert_float32(our_lse, lse)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_with_a_sliding_window_agrees():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = draw(*[(2, 3, 150, 32)] * 3)
+    mask = create_block_mask(
+        lambda b, h, t, s: (s <= t) & (s > t - 40), None, None, 150, 150, device="cpu"
+    )
+    ours, _ = flash_attention(q, k, v, causal=True, window=40)
+    assert_float32(ours, flex_attention(q, k, v, block_mask=mask))

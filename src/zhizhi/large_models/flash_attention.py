@@ -168,6 +168,7 @@ def flash_attention(
     v: Float[Tensor, "*batch S Dv"],
     *,
     causal: bool = False,
+    window: int | None = None,
     block_q: int = 64,
     block_k: int = 64,
 ) -> tuple[Float[Tensor, "*batch T Dv"], Float[Tensor, "*batch T"]]:
@@ -184,6 +185,7 @@ def flash_attention(
         v: Values.
         causal: Whether a query reads only keys that are not after it, the last query aligned with
             the last key.
+        window: Keys that a causal query reads at most, its own among them; None for all.
         block_q: Queries in a tile.
         block_k: Keys in a tile.
 
@@ -191,7 +193,7 @@ def flash_attention(
         Outputs and the log-sum-exp of each query's scores; (0, -inf) where there is no key to read.
 
     Raises:
-        ValueError: If a block is not positive.
+        ValueError: If a block or the window is not positive, or a window is not causal.
 
     Example:
         >>> q, k, v = torch.zeros(1, 4), torch.zeros(2, 4), torch.tensor([[1.0], [3.0]])
@@ -201,16 +203,16 @@ def flash_attention(
     Reference:
         Dao (2023), arXiv:2307.08691, Algorithm 1.
     """
-    _check_positive(block_q=block_q, block_k=block_k)
+    _check_tiles(block_q, block_k, causal=causal, window=window)
     T, S = q.shape[-2], k.shape[-2]
     out, lse = v.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty_like(q[..., 0])
     for i in range(0, T, block_q):
         rows = slice(i, min(i + block_q, T))
         q_i = q[..., rows, :]
         state = _empty_state(q_i, v)
-        for j in _key_tiles(rows.stop, T, S, causal=causal, block=block_k):
+        for j in _key_tiles(rows, T, S, causal=causal, window=window, block=block_k):
             cols = slice(j, min(j + block_k, S))
-            visible = _visible(rows, cols, S - T, q) if causal else None
+            visible = _visible(rows, cols, S - T, window, q) if causal else None
             tile = attend_tile(q_i, k[..., cols, :], v[..., cols, :], visible)
             state = merge_states(state, tile)
         out[..., rows, :], lse[..., rows] = finish_state(state)
@@ -226,6 +228,7 @@ def flash_attention_backward(
     lse: Float[Tensor, "*batch T"],
     *,
     causal: bool = False,
+    window: int | None = None,
     block_q: int = 64,
     block_k: int = 64,
 ) -> tuple[
@@ -246,6 +249,7 @@ def flash_attention_backward(
         out: Outputs of `flash_attention`.
         lse: Log-sum-exp of `flash_attention`.
         causal: As in the forward pass.
+        window: As in the forward pass.
         block_q: Queries in a tile.
         block_k: Keys in a tile.
 
@@ -253,7 +257,7 @@ def flash_attention_backward(
         Gradients with respect to q, k and v.
 
     Raises:
-        ValueError: If a block is not positive.
+        ValueError: If a block or the window is not positive, or a window is not causal.
 
     Example:
         >>> q, k, v = torch.zeros(1, 4), torch.zeros(2, 4), torch.tensor([[1.0], [3.0]])
@@ -265,19 +269,19 @@ def flash_attention_backward(
     Reference:
         Dao (2023), arXiv:2307.08691, Algorithm 2.
     """
-    _check_positive(block_q=block_q, block_k=block_k)
+    _check_tiles(block_q, block_k, causal=causal, window=window)
     T, S, scale = q.shape[-2], k.shape[-2], q.shape[-1] ** -0.5
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (grad_out * out).sum(dim=-1)  # (eq:flash-delta)
     for i in range(0, T, block_q):
         rows = slice(i, min(i + block_q, T))
         q_i, do_i = q[..., rows, :], grad_out[..., rows, :]
-        for j in _key_tiles(rows.stop, T, S, causal=causal, block=block_k):
+        for j in _key_tiles(rows, T, S, causal=causal, window=window, block=block_k):
             cols = slice(j, min(j + block_k, S))
             k_j, v_j = k[..., cols, :], v[..., cols, :]
             x = q_i @ k_j.mT * scale
             if causal:
-                x = x.masked_fill(~_visible(rows, cols, S - T, q), -torch.inf)
+                x = x.masked_fill(~_visible(rows, cols, S - T, window, q), -torch.inf)
             lse_i = lse[..., rows, None]
             p = torch.exp(x - lse_i.masked_fill(lse_i == -torch.inf, 0.0))  # (eq:flash-recompute)
             dp = do_i @ v_j.mT
@@ -338,6 +342,57 @@ def flash_attention_varlen(
         for a, b in pairwise(bounds)
     ]
     return rearrange(torch.cat([v_h[:, :0], *pieces], dim=1), "H N Dv -> N H Dv")
+
+
+def split_kv_attention(
+    q: Float[Tensor, "*batch T Dh"],
+    k: Float[Tensor, "*batch S Dh"],
+    v: Float[Tensor, "*batch S Dv"],
+    *,
+    n_splits: int,
+) -> tuple[Float[Tensor, "*batch T Dv"], Float[Tensor, "*batch T"]]:
+    r"""Let several workers read one long cache, and combine their finished outputs.
+
+    $$
+    L_t = \log \sum_i e^{L_{i,t}}, \qquad o_t = \sum_i e^{L_{i,t} - L_t}\, o_{i,t}
+    $$
+
+    Args:
+        q: The last T positions: one in decoding, some when drafts are verified.
+        k: Keys of the whole cache, those of the T positions included.
+        v: Values.
+        n_splits: Parts of the cache; may exceed S.
+
+    Returns:
+        Outputs and log-sum-exp of causal attention, the last query aligned with the last key.
+
+    Raises:
+        ValueError: If there is no part.
+
+    Example:
+        >>> q, k, v = torch.zeros(1, 4), torch.zeros(2, 4), torch.tensor([[1.0], [3.0]])
+        >>> split_kv_attention(q, k, v, n_splits=2)
+        (tensor([[2.]]), tensor([0.6931]))
+
+    Reference:
+        Dao et al. (2023), Flash-Decoding for long-context inference (blog of PyTorch).
+    """
+    _check_positive(n_splits=n_splits)
+    T, S = q.shape[-2], k.shape[-2]
+    out, lse = [], []
+    for i in range(n_splits):
+        cols = slice(i * S // n_splits, (i + 1) * S // n_splits)
+        if cols.start < cols.stop:
+            visible = _visible(slice(0, T), cols, S - T, None, q)
+            part = finish_state(attend_tile(q, k[..., cols, :], v[..., cols, :], visible))
+            out.append(part[0])
+            lse.append(part[1])
+    if not out:
+        return finish_state(_empty_state(q, v))
+    parts = torch.stack(lse)
+    total = parts.logsumexp(dim=0)
+    weight = torch.exp(parts - total.masked_fill(total == -torch.inf, 0.0))  # (eq:flash-split)
+    return (weight[..., None] * torch.stack(out)).sum(dim=0), total
 
 
 def standard_hbm_accesses(T: int, Dh: int) -> int:
@@ -404,12 +459,28 @@ def _empty_state(q: Tensor, v: Tensor) -> SoftmaxState:
     return SoftmaxState(m, torch.zeros_like(m), m.new_zeros(*m.shape, v.shape[-1]))
 
 
-def _key_tiles(stop: int, T: int, S: int, *, causal: bool, block: int) -> range:
-    """Return where the key tiles start that the queries before `stop` can reach."""
-    return range(0, min(S, stop + S - T) if causal else S, block)
+def _check_tiles(block_q: int, block_k: int, *, causal: bool, window: int | None) -> None:
+    _check_positive(block_q=block_q, block_k=block_k)
+    if window is not None:
+        _check_positive(window=window)
+        if not causal:
+            raise ValueError(f"window is {window} without causal: a window ends at its query.")
 
 
-def _visible(rows: slice, cols: slice, offset: int, like: Tensor) -> Bool[Tensor, "T S"]:
-    t = torch.arange(rows.start, rows.stop, device=like.device)
-    s = torch.arange(cols.start, cols.stop, device=like.device)
-    return s[None, :] <= t[:, None] + offset
+def _key_tiles(
+    rows: slice, T: int, S: int, *, causal: bool, window: int | None, block: int
+) -> range:
+    """Return where the key tiles start that some query of these rows can reach."""
+    if not causal:
+        return range(0, S, block)
+    oldest = 0 if window is None else max(0, rows.start + S - T - window + 1)
+    return range(oldest // block * block, min(S, rows.stop + S - T), block)
+
+
+def _visible(
+    rows: slice, cols: slice, offset: int, window: int | None, like: Tensor
+) -> Bool[Tensor, "T S"]:
+    t = torch.arange(rows.start, rows.stop, device=like.device)[:, None] + offset
+    s = torch.arange(cols.start, cols.stop, device=like.device)[None, :]
+    seen = s <= t
+    return seen if window is None else seen & (s > t - window)
