@@ -123,6 +123,10 @@ BREAKS = {
         "rewards = (-beta * (logp - logp_ref))",
         "rewards = (beta * (logp - logp_ref))",
     ),
+    "large_models/seed_thinking_v1_5": (
+        "return right.any(dim=-1) & ~right.all(dim=-1)",
+        "return right.any(dim=-1) & right.all(dim=-1)",
+    ),
     "large_models/deepseek_r1": (
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
         "return math.comb(n - c, k) / math.comb(n, k)",
