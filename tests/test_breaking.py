@@ -127,6 +127,10 @@ BREAKS = {
         "return right.any(dim=-1) & ~right.all(dim=-1)",
         "return right.any(dim=-1) & right.all(dim=-1)",
     ),
+    "large_models/kimi_vl": (
+        "(h f w g) D -> (h w) (f g D)",
+        "(h w f g) D -> (h w) (f g D)",
+    ),
     "large_models/deepseek_r1": (
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
         "return math.comb(n - c, k) / math.comb(n, k)",
