@@ -219,7 +219,7 @@ def score(
         >>> score(mixture, torch.tensor([2.0, 4.0]), b=1.0)
         tensor([-1., -2.])
     """
-    return _average(mixture, x_t, a, b, own=0.0, pull=-1.0)
+    return _average(mixture, x_t, a, b, own=0.0, pull=-1.0)  # (eq:score-mixture)
 
 
 def denoise(
