@@ -219,7 +219,9 @@ def score(
         >>> score(mixture, torch.tensor([2.0, 4.0]), b=1.0)
         tensor([-1., -2.])
     """
-    return _average(mixture, x_t, a, b, own=0.0, pull=-1.0)  # (eq:score-mixture)
+    r = component_posterior(mixture, x_t, a=a, b=b)
+    offset, variance = _offsets_and_variances(mixture, x_t, a, b)
+    return -einsum(r / variance, offset, "... K, ... K D -> ... D")  # (eq:score-mixture)
 
 
 def denoise(
@@ -253,8 +255,11 @@ def denoise(
         >>> denoise(mixture, torch.tensor([2.0, 4.0]), b=1.0)
         tensor([1., 2.])
     """
-    scale = _as(a, x_t) * mixture.std.to(x_t).square()
-    return _average(mixture, x_t, a, b, own=1.0, pull=scale)
+    r = component_posterior(mixture, x_t, a=a, b=b)
+    offset, variance = _offsets_and_variances(mixture, x_t, a, b)
+    gain = _as(a, x_t) * mixture.std.to(x_t).square() / variance
+    centre = einsum(r, mixture.means.to(x_t), "... K, K D -> ... D")
+    return centre + einsum(r * gain, offset, "... K, ... K D -> ... D")
 
 
 def predict_noise(
@@ -288,7 +293,7 @@ def predict_noise(
         >>> predict_noise(mixture, torch.tensor([2.0, 4.0]), b=1.0)
         tensor([1., 2.])
     """
-    return _average(mixture, x_t, a, b, own=0.0, pull=_as(b, x_t))
+    return -_as(b, x_t) * score(mixture, x_t, a=a, b=b)
 
 
 def velocity(
@@ -355,19 +360,3 @@ def _log_joint(mixture: GaussianMixture, x_t: Tensor, a: Coefficient, b: Coeffic
         offset.square().sum(dim=-1) / variance + x_t.shape[-1] * (2 * torch.pi * variance).log()
     )
     return mixture.weights.to(x_t).log() + log_normal
-
-
-def _average(
-    mixture: GaussianMixture,
-    x_t: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    *,
-    own: float,
-    pull: float | Tensor,
-) -> Tensor:
-    """Return the posterior mean of `own` mu_k + `pull` (x - a mu_k) / v_k."""
-    offset, variance = _offsets_and_variances(mixture, x_t, a, b)
-    r = _log_joint(mixture, x_t, a, b).softmax(dim=-1)
-    pulled = einsum(r * (pull / variance), offset, "... K, ... K D -> ... D")
-    return pulled + own * einsum(r, mixture.means.to(x_t), "... K, K D -> ... D")
