@@ -202,6 +202,10 @@ BREAKS = {
         "(x_t - _as(shift, x_t) * noise_hat)",
         "(x_t + _as(shift, x_t) * noise_hat)",
     ),
+    "generative_models/score_matching": (
+        "return divergence + 0.5 * value",
+        "return divergence - 0.5 * value",
+    ),
 }
 
 # Kernels that stand on another page than the definition beside them.
