@@ -57,6 +57,25 @@ def test_the_scale_is_alpha_over_r_or_over_its_root():
     assert trained(rank=4, alpha=8.0, stabilised=True).scale == 4.0
 
 
+@pytest.mark.parametrize(("stabilised", "power"), [(True, 0.0), (False, -1.0)])
+def test_what_one_step_changes_depends_on_the_rank_unless_the_scale_is_stabilised(
+    stabilised, power
+):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 512, generator=g)
+    moved = {}
+    for rank in (8, 128):
+        base = nn.Linear(512, 512)
+        layer = LoRALinear(base, rank=rank, alpha=4.0, stabilised=stabilised, generator=g)
+        before = layer(x)
+        before.backward(torch.ones_like(before))
+        assert layer.B.grad is not None
+        with torch.no_grad():
+            layer.B -= 0.1 * layer.B.grad
+        moved[rank] = (layer(x) - before).norm().item()
+    assert moved[128] / moved[8] == pytest.approx(16**power, rel=0.5)
+
+
 def test_at_first_nothing_changes_and_only_b_has_a_gradient():
     base, x = linear(), some(5, 10)
     before = base(x)
