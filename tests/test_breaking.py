@@ -131,6 +131,10 @@ BREAKS = {
         "(h f w g) D -> (h w) (f g D)",
         "(h w f g) D -> (h w) (f g D)",
     ),
+    "generative_models/ddim": (
+        "data = (x_t - (1 - alpha_bar_t).sqrt() * noise_hat)",
+        "data = (x_t + (1 - alpha_bar_t).sqrt() * noise_hat)",
+    ),
     "large_models/deepseek_r1": (
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
         "return math.comb(n - c, k) / math.comb(n, k)",

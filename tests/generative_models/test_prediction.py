@@ -1,0 +1,81 @@
+import pytest
+import torch
+from tests.closeness import EXACT, assert_exact
+
+from zhizhi.generative_models import gaussian_mixture
+from zhizhi.generative_models.gaussian_mixture import GaussianMixture
+from zhizhi.generative_models.prediction import KINDS, Path, convert, from_noise, to_noise
+
+PATHS = {
+    "vp": Path(0.6, 0.8, -0.8, 0.6),
+    "ve": Path(1.0, 3.0, 0.0, 1.0),
+    "flow": Path(0.7, 0.3, -1.0, 1.0),
+}
+
+
+def normal(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize("target", KINDS)
+def test_there_and_back_again(path, source, target):
+    x_t, prediction = normal(5, 3), normal(5, 3, seed=1)
+    there = convert(prediction, x_t, path, source=source, target=target)
+    back = convert(there, x_t, path, source=target, target=source)
+    torch.testing.assert_close(back, prediction, **EXACT)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_each_kind_is_its_definition_when_data_and_noise_are_known(path):
+    data, noise = normal(5, 3), normal(5, 3, seed=1)
+    x_t = path.a * data + path.b * noise
+    wanted = {
+        "noise": noise,
+        "data": data,
+        "v": path.a * noise - path.b * data,
+        "score": -(x_t - path.a * data) / path.b**2,
+        "velocity": path.d_a * data + path.d_b * noise,
+    }
+    for kind, value in wanted.items():
+        assert_exact(from_noise(noise, x_t, path, kind=kind), value)
+        assert_exact(to_noise(value, x_t, path, kind=kind), noise)
+
+
+def test_the_exact_predictions_of_a_mixture_belong_together():
+    mixture = GaussianMixture(
+        torch.tensor([0.3, 0.7], dtype=torch.float64),
+        normal(2, 3),
+        torch.tensor([0.4, 0.8]).double(),
+    )
+    x_t, path = normal(6, 3, seed=3), PATHS["flow"]
+    at = {"a": path.a, "b": path.b}
+    noise = gaussian_mixture.predict_noise(mixture, x_t, **at)
+    exact = {
+        "data": gaussian_mixture.denoise(mixture, x_t, **at),
+        "score": gaussian_mixture.score(mixture, x_t, **at),
+        "velocity": gaussian_mixture.velocity(mixture, x_t, **at, d_a=path.d_a, d_b=path.d_b),
+    }
+    for kind, value in exact.items():
+        assert_exact(from_noise(noise, x_t, path, kind=kind), value)
+
+
+def test_coefficients_may_differ_from_sample_to_sample():
+    x_t, prediction = normal(2, 3), normal(2, 3, seed=1)
+    level = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
+    path = Path(level, level.flip(0))
+    both = convert(prediction, x_t, path, source="v", target="data")
+    for i, (a, b) in enumerate(((0.6, 0.8), (0.8, 0.6))):
+        one = convert(prediction[i], x_t[i], Path(a, b), source="v", target="data")
+        assert_exact(both[i], one)
+
+
+def test_other_names_and_missing_speeds_are_refused():
+    x = torch.zeros(1)
+    for function in (to_noise, from_noise):
+        with pytest.raises(ValueError, match="kind is 'epsilon'"):
+            function(x, x, Path(0.6, 0.8), kind="epsilon")
+        with pytest.raises(ValueError, match="needs d_a and d_b"):
+            function(x, x, Path(0.6, 0.8), kind="velocity")
