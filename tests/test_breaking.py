@@ -202,6 +202,10 @@ BREAKS = {
         "return bias - rate * excess.sign()",
         "return bias + rate * excess.sign()",
     ),
+    "generative_models/autoregressive_models": (
+        "F.linear(x, weight.tril(-1), bias)",
+        "F.linear(x, weight.tril(0), bias)",
+    ),
     "generative_models/ddpm": (
         "(x_t - _as(shift, x_t) * noise_hat)",
         "(x_t + _as(shift, x_t) * noise_hat)",
