@@ -60,6 +60,28 @@ def test_eta_one_is_the_posterior_of_ddpm():
         assert_exact(ours - sigma * z, mean)
 
 
+def test_the_same_noise_gives_the_same_image_only_without_fresh_noise():
+    x, times = normal(5, 1), ddim_times(1000, 20)
+    for eta, same in ((0.0, True), (1.0, False)):
+        ends = [
+            ddim_sample(
+                exact, x, alpha_bar=SHARES, times=times, eta=eta,
+                generator=torch.Generator().manual_seed(seed),
+            )[-1]
+            for seed in (0, 1)
+        ]  # fmt: skip
+        assert torch.equal(*ends) == same
+
+
+def test_in_small_steps_eta_one_relies_on_the_guess_twice_as_much():
+    t, s = SHARES[500], SHARES[499]
+    k = [
+        s.sqrt() - ((1 - s - ddim_sigma(t, s, eta=eta) ** 2) / (1 - t)).sqrt() * t.sqrt()
+        for eta in (0.0, 1.0)
+    ]
+    assert (k[1] / k[0]).item() == pytest.approx(2, rel=0.01)
+
+
 def test_eta_zero_is_euler_in_the_noise_to_signal_ratio():
     times = ddim_times(1000, 25)
     ours = ddim_sample(exact, normal(6, 1), alpha_bar=SHARES, times=times)
@@ -116,6 +138,34 @@ def test_slerp_keeps_the_length_that_noise_has():
     assert (((x + y) / 2).norm(dim=1) / 500**0.5).mean().item() == pytest.approx(0.5**0.5, abs=0.02)
     assert_exact(slerp(x, y, weight=0.0), x)
     assert_exact(slerp(x, y, weight=1.0), y)
+
+
+def test_the_missing_variance_is_the_width_of_the_posterior_that_one_guess_left_out():
+    """(eq:ddim-missing) and (eq:ddim-hat), for Gaussian data, where all of it is linear."""
+    v_0 = torch.tensor(0.3, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    t, s = SHARES[600], SHARES[200]
+    v_t = t * v_0 + 1 - t
+    levels = {"alpha_bar_t": t, "alpha_bar_s": s}
+    for eta in (0.0, 0.5, 1.0):
+        sigma = ddim_sigma(t, s, eta=eta)
+        noise_hat = (1 - t).sqrt() / v_t * one  # E[noise | x_t = 1]
+        quiet = ddim_step(one, noise_hat, **levels, eta=0.0)
+        k = s.sqrt() - ((1 - s - sigma**2) / (1 - t)).sqrt() * t.sqrt()
+        direction = (1 - s - sigma**2).sqrt() - (1 - s).sqrt()
+        gain = quiet + direction * noise_hat  # the step is linear in x_t, plus sigma z
+        posterior = v_0 * (1 - t) / v_t
+        missing = s * v_0 + 1 - s - (gain.square() * v_t + sigma**2)[0]
+        assert_exact(missing, k**2 * posterior)
+    assert_exact(1 - t / s, sigma**2 + k**2 * (1 - t))  # eta is 1: (eq:ddim-hat)
+
+
+def test_the_levels_are_not_rounded_to_the_dtype_of_the_image():
+    blank, up = torch.zeros(2, 3), torch.tensor([0, 1])
+    x = ddim_sample(lambda x, t: torch.ones_like(x), blank, alpha_bar=SHARES, times=up)[-1]
+    assert x.dtype == torch.float32
+    # sqrt(1 - alpha_bar_1) is 0.01; with alpha_bar_1 in float32 it is off by 8e-5 of itself.
+    assert (x / 0.01 - 1).abs().max() < 1e-6
 
 
 def test_refusals():

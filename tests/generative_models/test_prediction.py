@@ -4,7 +4,14 @@ from tests.closeness import EXACT, assert_exact
 
 from zhizhi.generative_models import gaussian_mixture
 from zhizhi.generative_models.gaussian_mixture import GaussianMixture
-from zhizhi.generative_models.prediction import KINDS, Path, convert, from_noise, to_noise
+from zhizhi.generative_models.prediction import (
+    KINDS,
+    Path,
+    convert,
+    from_noise,
+    to_data,
+    to_noise,
+)
 
 PATHS = {
     "vp": Path(0.6, 0.8, -0.8, 0.6),
@@ -42,6 +49,7 @@ def test_each_kind_is_its_definition_when_data_and_noise_are_known(path):
     for kind, value in wanted.items():
         assert_exact(from_noise(noise, x_t, path, kind=kind), value)
         assert_exact(to_noise(value, x_t, path, kind=kind), noise)
+        assert_exact(to_data(value, x_t, path, kind=kind), data)
 
 
 def test_the_exact_predictions_of_a_mixture_belong_together():
@@ -62,6 +70,47 @@ def test_the_exact_predictions_of_a_mixture_belong_together():
         assert_exact(from_noise(noise, x_t, path, kind=kind), value)
 
 
+@pytest.mark.parametrize(
+    ("path", "silent"),
+    [
+        (Path(0.0, 1.0, -1.0, 1.0), {"noise", "score"}),  # flow matching at t = 1
+        (Path(0.0, 1.0, -1.5, 0.0), {"noise", "score"}),  # a schedule without terminal signal
+        (Path(1.0, 0.0, -1.0, 1.0), {"data", "score"}),  # data: only v and velocity see the noise
+    ],
+    ids=["flow", "zero terminal SNR", "data"],
+)
+def test_at_the_ends_of_a_path_v_and_velocity_still_tell_everything(path, silent):
+    data, noise = normal(5), normal(5, seed=1)
+    x_t = path.a * data + path.b * noise
+    known = {
+        "noise": noise,
+        "data": data,
+        "v": path.a * noise - path.b * data,
+        "velocity": path.d_a * data + path.d_b * noise,
+    }
+    for source, value in known.items():
+        for target, wanted in known.items():
+            if source in silent and target != source:
+                continue
+            assert_exact(convert(value, x_t, path, source=source, target=target), wanted)
+    for kind in silent & {"noise", "data"}:
+        other = "data" if kind == "noise" else "noise"
+        lost = convert(known[kind], x_t, path, source=kind, target=other)
+        assert not lost.isfinite().any()
+
+
+def test_near_pure_noise_v_gives_the_data_to_the_last_digits_and_noise_does_not():
+    path = Path(1e-4, (1 - 1e-8) ** 0.5)
+    data, noise = normal(1000), normal(1000, seed=1)
+    x_t, v = path.a * data + path.b * noise, path.a * noise - path.b * data
+    lost = {
+        kind: (to_data(value.float(), x_t.float(), path, kind=kind) - data).abs().max().item()
+        for kind, value in (("noise", noise), ("v", v))
+    }
+    assert lost["v"] < 1e-6
+    assert lost["noise"] > 1e-4
+
+
 def test_coefficients_may_differ_from_sample_to_sample():
     x_t, prediction = normal(2, 3), normal(2, 3, seed=1)
     level = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
@@ -74,8 +123,14 @@ def test_coefficients_may_differ_from_sample_to_sample():
 
 def test_other_names_and_missing_speeds_are_refused():
     x = torch.zeros(1)
-    for function in (to_noise, from_noise):
+    for function in (to_noise, to_data, from_noise):
         with pytest.raises(ValueError, match="kind is 'epsilon'"):
             function(x, x, Path(0.6, 0.8), kind="epsilon")
         with pytest.raises(ValueError, match="needs d_a and d_b"):
             function(x, x, Path(0.6, 0.8), kind="velocity")
+    for names in ({"source": "eps", "target": "eps"}, {"source": "data", "target": "eps"}):
+        with pytest.raises(ValueError, match="kind is 'eps': noise, data, v, score, velocity"):
+            convert(x, x, Path(0.6, 0.8), **names)
+    for names in ({"source": "data", "target": "velocity"}, {"source": "velocity", "target": "v"}):
+        with pytest.raises(ValueError, match="the velocity needs d_a and d_b of the path"):
+            convert(x, x, Path(0.6, 0.8), **names)

@@ -171,7 +171,11 @@ def ddim_sample(
     for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         at = max(t, 1)  # a network is not trained at time 0; the first step up borrows time 1
         noise_hat = model(chain[-1], torch.full((len(x),), at, device=x.device))
-        levels = {"alpha_bar_t": alpha_bar[t].to(x), "alpha_bar_s": alpha_bar[s].to(x)}
+        # Not in the dtype of x: in float32, 1 - alpha_bar cancels at small t.
+        levels = {
+            "alpha_bar_t": alpha_bar[t].to(x.device),
+            "alpha_bar_s": alpha_bar[s].to(x.device),
+        }
         chain.append(ddim_step(chain[-1], noise_hat, **levels, eta=eta, generator=generator))
     return torch.stack(chain)
 

@@ -1,7 +1,8 @@
 """What a network may predict of x_t = a x_0 + b eps, and how one prediction becomes another.
 
-Noise, data, v, score and flow velocity are five names of one vector: two of them are enough to say
-where x_t came from and where it goes. A path is named by its coefficients at one time.
+Noise, data, v, score and flow velocity are five names of one vector: with x_t, any of them says
+where x_t came from and where it goes. A path is named by its coefficients at one time. At its ends
+a name may fall silent: with a = 0 noise and score do not tell the data, but v and velocity do.
 """
 
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def to_noise(
         kind: "noise", "data", "v" (a eps - b x_0), "score" or "velocity" (a' x_0 + b' eps).
 
     Returns:
-        The noise.
+        The noise; not finite for "data" where b is 0.
 
     Raises:
         ValueError: If the kind has another name, or the derivatives are missing.
@@ -71,6 +72,55 @@ def to_noise(
     if kind == "velocity":
         d_a, d_b = _speeds(path)
         return (a * prediction - d_a * x_t) / (a * d_b - d_a * b)  # (eq:ddim-velocity)
+    raise ValueError(f"kind is {kind!r}: {', '.join(KINDS)}.")
+
+
+def to_data(
+    prediction: Float[Tensor, "*batch"], x_t: Float[Tensor, "*batch"], path: Path, *, kind: str
+) -> Float[Tensor, "*batch"]:
+    r"""Return the data that a prediction of any kind stands for.
+
+    $$
+    \hat x_0 = \frac{x_t - b \hat\epsilon}{a} = \frac{x_t + b^2 s}{a}
+        = \frac{a x_t - b \hat v}{a^2 + b^2}
+        = \frac{\dot b x_t - b \hat u}{a \dot b - \dot a b}
+    $$
+
+    Only the first two divide by a: v and velocity know the data at pure noise, too.
+
+    Args:
+        prediction: Output of a network.
+        x_t: Its input.
+        path: a and b, and for "velocity" their derivatives.
+        kind: As in `to_noise`.
+
+    Returns:
+        The data; not finite for "noise" and "score" where a is 0.
+
+    Raises:
+        ValueError: If the kind has another name, or the derivatives are missing.
+
+    Example:
+        >>> import torch
+        >>> pure_noise = Path(0.0, 1.0, d_a=-1.0, d_b=1.0)  # x_t is eps, the velocity eps - x_0
+        >>> to_data(torch.tensor([1.0]), torch.tensor([3.0]), pure_noise, kind="velocity")
+        tensor([2.])
+
+    Reference:
+        Salimans & Ho (2022), arXiv:2202.00512, App. D, for v.
+    """
+    a, b = path.a, path.b
+    if kind == "data":
+        return prediction
+    if kind == "noise":
+        return (x_t - b * prediction) / a  # (eq:ddim-data)
+    if kind == "score":
+        return (x_t + b**2 * prediction) / a
+    if kind == "v":
+        return (a * x_t - b * prediction) / (a**2 + b**2)  # (eq:ddim-v)
+    if kind == "velocity":
+        d_a, d_b = _speeds(path)
+        return (d_b * x_t - b * prediction) / (a * d_b - d_a * b)  # (eq:ddim-velocity)
     raise ValueError(f"kind is {kind!r}: {', '.join(KINDS)}.")
 
 
@@ -104,19 +154,7 @@ def from_noise(
     Reference:
         Salimans & Ho (2022), arXiv:2202.00512, App. D.
     """
-    data = (x_t - path.b * noise) / path.a  # (eq:ddim-data)
-    if kind == "noise":
-        return noise
-    if kind == "data":
-        return data
-    if kind == "score":
-        return -noise / path.b
-    if kind == "v":
-        return path.a * noise - path.b * data
-    if kind == "velocity":
-        d_a, d_b = _speeds(path)
-        return d_a * data + d_b * noise
-    raise ValueError(f"kind is {kind!r}: {', '.join(KINDS)}.")
+    return convert(noise, x_t, path, source="noise", target=kind)
 
 
 def convert(
@@ -127,7 +165,10 @@ def convert(
     source: str,
     target: str,
 ) -> Float[Tensor, "*batch"]:
-    """Turn a prediction of one kind into that of another, through the noise.
+    """Turn a prediction of one kind into that of another.
+
+    Data and noise are each read off the source by the formula that divides least, so that whatever
+    the source determines comes out finite, at the ends of the path as well.
 
     Args:
         prediction: Output of a network.
@@ -139,13 +180,31 @@ def convert(
     Returns:
         The same knowledge in other words.
 
+    Raises:
+        ValueError: If a kind has another name, or the derivatives are missing.
+
     Example:
         >>> import torch
         >>> x_t, path = torch.tensor([3.0]), Path(0.6, 0.8)
         >>> convert(torch.tensor([1.0]), x_t, path, source="data", target="v")
-        tensor([1.0000])
+        tensor([1.])
     """
-    return from_noise(to_noise(prediction, x_t, path, kind=source), x_t, path, kind=target)
+    if target == source and source in KINDS:
+        return prediction
+    if target == "data":
+        return to_data(prediction, x_t, path, kind=source)
+    noise = to_noise(prediction, x_t, path, kind=source)
+    if target == "noise":
+        return noise
+    if target == "score":
+        return -noise / path.b
+    data = to_data(prediction, x_t, path, kind=source)
+    if target == "v":
+        return path.a * noise - path.b * data
+    if target == "velocity":
+        d_a, d_b = _speeds(path)
+        return d_a * data + d_b * noise
+    raise ValueError(f"kind is {target!r}: {', '.join(KINDS)}.")
 
 
 KINDS = ("noise", "data", "v", "score", "velocity")
