@@ -7,7 +7,7 @@ from tests.closeness import EXACT, assert_exact, assert_float32
 
 from zhizhi.large_models.dpo import bradley_terry_loss
 from zhizhi.large_models.rlhf_ppo import (
-    adapt_beta,
+    adaptive_kl_coefficient,
     best_of_n_kl,
     best_of_n_policy,
     clipped_value_loss,
@@ -170,12 +170,12 @@ def test_a_clipped_critic_that_has_moved_far_enough_has_no_gradient():
 def test_the_price_settles_where_the_distance_is_the_target():
     beta = 1.0
     for _ in range(2000):  # a policy whose distance falls as the price rises: KL = 3 / beta
-        beta = adapt_beta(beta, 3 / beta, target=6.0)
+        beta = adaptive_kl_coefficient(beta, 3 / beta, target=6.0)
     assert beta == pytest.approx(0.5, rel=1e-6)
-    assert adapt_beta(0.1, 1e9, target=6.0) == pytest.approx(0.1 * 1.02)
-    assert adapt_beta(0.1, 0.0, target=6.0) == pytest.approx(0.1 * 0.98)
+    assert adaptive_kl_coefficient(0.1, 1e9, target=6.0) == pytest.approx(0.1 * 1.02)
+    assert adaptive_kl_coefficient(0.1, 0.0, target=6.0) == pytest.approx(0.1 * 0.98)
     with pytest.raises(ValueError, match=r"target is 0\.0"):
-        adapt_beta(0.1, 1.0, target=0.0)
+        adaptive_kl_coefficient(0.1, 1.0, target=0.0)
 
 
 def test_the_best_of_n_is_enumerated():

@@ -6,13 +6,16 @@ import torch
 from tests.closeness import EXACT, assert_exact, assert_float32
 
 from zhizhi.large_models.seed_thinking_v1_5 import (
-    asymmetric_surrogate,
     batch_makespan,
+    clip_higher_surrogate,
     informative_groups,
     length_adaptive_lambda,
+    make_sudoku,
+    pairwise_preference,
     soft_overlong_penalty,
     solve_24,
     verify_24,
+    verify_sudoku,
 )
 from zhizhi.reinforcement_learning.ppo import clipped_surrogate, gae
 
@@ -56,6 +59,52 @@ def test_every_solution_is_verified():
     assert solve_24([7, 7, 7, 7]) is None
 
 
+@pytest.mark.parametrize("n_blank", [0, 1, 8, 16])
+def test_a_sudoku_has_its_blanks_and_its_solution(n_blank):
+    g = torch.Generator().manual_seed(n_blank)
+    for _ in range(20):
+        puzzle, solution = make_sudoku(n_blank=n_blank, generator=g)
+        assert int((puzzle == 0).sum()) == n_blank
+        assert torch.equal(solution[puzzle > 0], puzzle[puzzle > 0])
+        cells = solution.tolist()
+        groups = [*cells, *map(list, zip(*cells, strict=True))]
+        for y, x in ((0, 0), (0, 2), (2, 0), (2, 2)):
+            groups.append([cells[y + i][x + j] for i in (0, 1) for j in (0, 1)])
+        assert all(sorted(group) == [1, 2, 3, 4] for group in groups)
+        assert verify_sudoku(solution, puzzle)
+
+
+def test_sudokus_differ():
+    g = torch.Generator().manual_seed(0)
+    drawn = {tuple(make_sudoku(n_blank=0, generator=g)[1].flatten().tolist()) for _ in range(200)}
+    assert len(drawn) > 60
+
+
+def test_each_rule_of_a_sudoku_is_checked_alone():
+    free = torch.zeros(4, 4, dtype=torch.long)
+    rows = torch.tensor([[1, 2, 3, 4]] * 4)  # rows right, columns and boxes wrong
+    latin = torch.tensor([[1, 2, 3, 4], [2, 3, 4, 1], [3, 4, 1, 2], [4, 1, 2, 3]])  # boxes wrong
+    boxes = torch.tensor([[1, 2, 1, 2], [3, 4, 3, 4], [1, 2, 1, 2], [3, 4, 3, 4]])  # boxes right
+    stripes = torch.tensor([[1, 2, 3, 4], [3, 4, 1, 2]] * 2)  # rows and boxes right, columns wrong
+    good = torch.tensor([[1, 2, 3, 4], [3, 4, 1, 2], [2, 1, 4, 3], [4, 3, 2, 1]])
+    for wrong in (rows, rows.T, latin, boxes, stripes, stripes.T, 2 * good, good - 1):
+        assert not verify_sudoku(wrong.contiguous(), free)
+    assert verify_sudoku(good, free)
+    clue = free.clone()
+    clue[0, 0] = 2
+    assert not verify_sudoku(good, clue)
+    with pytest.raises(ValueError, match="n_blank is 17"):
+        make_sudoku(n_blank=17)
+
+
+def test_a_liking_for_the_place_drops_out():
+    g = torch.Generator().manual_seed(3)
+    true, place = torch.randn(2, 50, generator=g, dtype=torch.float64)
+    preference = pairwise_preference(true + place, -true + place)
+    assert_exact(preference, torch.sigmoid(true))
+    assert_exact(pairwise_preference(-true + place, true + place), 1 - preference)
+
+
 def test_the_weights_of_an_answer_add_up_to_a_share_of_its_length():
     for length in (100, 1000, 10_000):
         lam = length_adaptive_lambda(torch.tensor(length)).double()
@@ -90,7 +139,7 @@ def test_equal_limits_are_the_clip_of_ppo():
     g = torch.Generator().manual_seed(1)
     logp, old, advantages = torch.randn(3, 100, generator=g)
     assert_float32(
-        asymmetric_surrogate(logp, old, advantages, low=0.2, high=0.2),
+        clip_higher_surrogate(logp, old, advantages, epsilon_low=0.2, epsilon_high=0.2),
         clipped_surrogate(logp, old, advantages, epsilon=0.2),
     )
 
@@ -101,7 +150,7 @@ def test_equal_limits_are_the_clip_of_ppo():
 ])  # fmt: skip
 def test_where_the_gradient_stops(ratio, sign, moves):
     logp = torch.tensor([ratio], dtype=torch.float64).log().requires_grad_()
-    asymmetric_surrogate(logp, torch.zeros(1).double(), torch.tensor([sign]).double()).backward()
+    clip_higher_surrogate(logp, torch.zeros(1).double(), torch.tensor([sign]).double()).backward()
     assert logp.grad is not None
     wanted = torch.tensor([ratio * sign if moves else 0.0], dtype=torch.float64)
     torch.testing.assert_close(logp.grad, wanted, **EXACT)
@@ -110,8 +159,8 @@ def test_where_the_gradient_stops(ratio, sign, moves):
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.2), (1.0, 0.2), (0.2, 0.0)])
 def test_limits_out_of_range(low, high):
     one = torch.zeros(1)
-    with pytest.raises(ValueError, match="0 < low < 1 and high > 0"):
-        asymmetric_surrogate(one, one, one, low=low, high=high)
+    with pytest.raises(ValueError, match="0 < epsilon_low < 1 and epsilon_high > 0"):
+        clip_higher_surrogate(one, one, one, epsilon_low=low, epsilon_high=high)
 
 
 def test_groups_without_gradient_are_as_many_as_the_formula_says():

@@ -5,7 +5,7 @@ from tests.closeness import assert_float32
 from trl.rewards import get_soft_overlong_punishment
 
 from zhizhi.large_models.deepseek_r1 import token_weights
-from zhizhi.large_models.seed_thinking_v1_5 import asymmetric_surrogate, soft_overlong_penalty
+from zhizhi.large_models.seed_thinking_v1_5 import clip_higher_surrogate, soft_overlong_penalty
 
 pytestmark = pytest.mark.parity
 
@@ -30,5 +30,5 @@ def test_the_loss_of_dapo_is_that_of_liger():
         epsilon_low=0.2, epsilon_high=0.28,
     )  # fmt: skip
     theirs = loss(hidden, head, ids, mask.long(), advantages, old_per_token_logps=old)[0]
-    terms = asymmetric_surrogate(logp, old, advantages[:, None].expand_as(logp))
+    terms = clip_higher_surrogate(logp, old, advantages[:, None].expand_as(logp))
     assert_float32(-(token_weights(mask, aggregation="dapo") * terms).sum(), theirs)

@@ -185,7 +185,7 @@ def clipped_value_loss(
     return torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2  # (eq:rlhf-value)
 
 
-def adapt_beta(
+def adaptive_kl_coefficient(
     beta: float, kl: float, *, target: float, gain: float = 0.1, limit: float = 0.2
 ) -> float:
     r"""Raise the price of a nat while the policy is too far away, lower it while it is near.
@@ -209,8 +209,8 @@ def adapt_beta(
         ValueError: If the target is not positive.
 
     Example:
-        >>> adapt_beta(0.1, 12.0, target=6.0), adapt_beta(0.1, 6.0, target=6.0)
-        (0.10200000000000001, 0.1)
+        >>> round(adaptive_kl_coefficient(0.1, 12.0, target=6.0), 4)  # twice too far
+        0.102
 
     Reference:
         Ziegler et al. (2019), arXiv:1909.08593, Sec. 2.2.

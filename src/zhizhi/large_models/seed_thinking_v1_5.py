@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -91,6 +92,94 @@ def solve_24(numbers: Sequence[int], *, target: int = 24) -> str | None:
     return search([(Fraction(n), str(n)) for n in numbers])
 
 
+def make_sudoku(
+    *, n_blank: int, generator: torch.Generator | None = None
+) -> tuple[Int[Tensor, "4 4"], Int[Tensor, "4 4"]]:
+    r"""Draw a 4 x 4 sudoku with some cells left blank: the more, the harder.
+
+    Args:
+        n_blank: Blank cells, 0 to 16. With many of them there is more than one solution.
+        generator: Shuffles digits, rows and columns of one filled grid, and chooses the blanks.
+
+    Returns:
+        The puzzle, 0 where it is blank, and one solution.
+
+    Raises:
+        ValueError: If n_blank is out of range.
+
+    Example:
+        >>> puzzle, solution = make_sudoku(n_blank=6)
+        >>> int((puzzle == 0).sum()), verify_sudoku(solution, puzzle)
+        (6, True)
+    """
+    if not 0 <= n_blank <= 16:
+        raise ValueError(f"n_blank is {n_blank}: 0 to 16 cells can be blank.")
+
+    def shuffled(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator)
+
+    def lines() -> Tensor:  # bands change places, and so do the lines of a band
+        return torch.cat([2 * band + shuffled(2) for band in shuffled(2)])
+
+    filled = torch.tensor([[0, 1, 2, 3], [2, 3, 0, 1], [1, 0, 3, 2], [3, 2, 1, 0]])
+    solution = shuffled(4)[filled][lines()][:, lines()] + 1
+    puzzle = solution.clone()
+    puzzle.view(-1)[shuffled(16)[:n_blank]] = 0
+    return puzzle, solution
+
+
+def verify_sudoku(answer: Int[Tensor, "4 4"], puzzle: Int[Tensor, "4 4"]) -> bool:
+    r"""Return whether an answer keeps the clues and has 1 to 4 in each row, column and box.
+
+    Args:
+        answer: A filled grid.
+        puzzle: The clues, 0 where there is none.
+
+    Returns:
+        True or False; another solution than the one that was drawn is right, too.
+
+    Example:
+        >>> puzzle, solution = make_sudoku(n_blank=3)
+        >>> verify_sudoku(solution.T.clone(), puzzle * 0), verify_sudoku(puzzle, puzzle)
+        (True, False)
+    """
+    boxes = rearrange(answer, "(Y y) (X x) -> (Y X) (y x)", y=2, x=2)
+    lines = torch.cat([answer, answer.T, boxes])
+    full = torch.arange(1, 5, device=answer.device)
+    kept = (answer == puzzle) | (puzzle == 0)
+    return bool((lines.sort(dim=1).values == full).all() and kept.all())
+
+
+def pairwise_preference(
+    margin_ab: Float[Tensor, "*batch"], margin_ba: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    r"""Read a preference off a language model that was asked twice, in both orders.
+
+    $$
+    P(A \succ B) = \sigma\Big(\frac{m_{AB} - m_{BA}}{2}\Big), \qquad
+    m = \ell_{\text{YES}} - \ell_{\text{NO}}
+    $$
+
+    A liking for the place, the same number added to both margins, drops out.
+
+    Args:
+        margin_ab: Logit of YES less that of NO to "is A better than B?".
+        margin_ba: The same with A and B exchanged.
+
+    Returns:
+        From 0 to 1; that of the exchanged pair is 1 minus it.
+
+    Example:
+        >>> pairwise_preference(torch.tensor([3.0]), torch.tensor([1.0]))  # likes what comes first
+        tensor([0.7311])
+
+    Reference:
+        ByteDance Seed (2025), arXiv:2504.13914, Sec. 3: a pairwise generative reward model that
+        answers YES or NO; asking in both orders is not in the report.
+    """
+    return torch.sigmoid((margin_ab - margin_ba) / 2)  # (eq:seed-pairwise)
+
+
 def length_adaptive_lambda(
     length: Int[Tensor, "*batch"], *, alpha: float = 0.05
 ) -> Float[Tensor, "*batch"]:
@@ -124,13 +213,13 @@ def length_adaptive_lambda(
     return (1 - 1 / (alpha * length.float())).clamp_min(0.0)  # (eq:seed-lambda)
 
 
-def asymmetric_surrogate(
+def clip_higher_surrogate(
     logp: Float[Tensor, "*batch"],
     logp_old: Float[Tensor, "*batch"],
     advantages: Float[Tensor, "*batch"],
     *,
-    low: float = 0.2,
-    high: float = 0.28,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.28,
 ) -> Float[Tensor, "*batch"]:
     r"""Let rare tokens grow further than common ones may fall: clip-higher.
 
@@ -143,27 +232,30 @@ def asymmetric_surrogate(
         logp: Log probabilities under the policy that is trained.
         logp_old: The same under the one that wrote the tokens, without gradient.
         advantages: Their advantages.
-        low: How far the ratio may fall below 1 with profit.
-        high: How far it may rise.
+        epsilon_low: How far the ratio may fall below 1 with profit.
+        epsilon_high: How far it may rise.
 
     Returns:
         The objective of each token, to be maximised.
 
     Raises:
-        ValueError: If not 0 < low < 1, or high is not positive.
+        ValueError: If not 0 < epsilon_low < 1, or epsilon_high is not positive.
 
     Example:
-        >>> asymmetric_surrogate(torch.tensor([2.0]).log(), torch.zeros(1), torch.ones(1))
+        >>> clip_higher_surrogate(torch.tensor([2.0]).log(), torch.zeros(1), torch.ones(1))
         tensor([1.2800])
 
     Reference:
         ByteDance Seed (2025), arXiv:2504.13914, Eq. (1); Yu et al. (2025), arXiv:2503.14476
         (DAPO), Eq. (10): 0.2 and 0.28.
     """
-    if not 0 < low < 1 or high <= 0:
-        raise ValueError(f"low is {low} and high {high}: 0 < low < 1 and high > 0.")
+    if not 0 < epsilon_low < 1 or epsilon_high <= 0:
+        raise ValueError(
+            f"epsilon_low is {epsilon_low} and epsilon_high {epsilon_high}: "
+            "0 < epsilon_low < 1 and epsilon_high > 0."
+        )
     ratio = torch.exp(logp - logp_old)
-    clipped = ratio.clamp(1 - low, 1 + high)
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     return torch.minimum(ratio * advantages, clipped * advantages)  # (eq:seed-clip)
 
 
