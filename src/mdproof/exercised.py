@@ -76,6 +76,29 @@ def _open(file: Path) -> _File:
     return _read(file, stat.st_mtime_ns, stat.st_size)
 
 
+_every: dict[Path, tuple[object, list[tuple[str, Evidence]]]] = {}  # by the root of a site
+
+
+def every_test(site: Site) -> list[tuple[str, Evidence]]:
+    """Return the tests of a site, each with its file; read anew when any file of them changes.
+
+    A helper is followed from every test that uses it, so one page's question costs as much as all.
+    """
+    folders = [site.root / folder for folder in site.settings.get("tests", ("tests",))]
+    files = sorted({file for folder in folders for file in folder.rglob("*.py")})
+    stats = [(file, file.stat()) for file in [*files, *site.root.glob("conftest.py")]]
+    stamp = [(file, stat.st_mtime_ns, stat.st_size) for file, stat in stats]
+    if site.root not in _every or _every[site.root][0] != stamp:
+        found = [
+            (file.relative_to(site.root).as_posix(), test)
+            for file in files
+            if file.name.startswith("test_")
+            for test in tests_in(site, file)
+        ]
+        _every[site.root] = stamp, found
+    return _every[site.root][1]
+
+
 def tests_in(site: Site, file: Path) -> list[Evidence]:
     """Return the tests of a file, each with what it uses."""
     parsed = _open(file)

@@ -10,7 +10,7 @@ from typing import Any
 from mdproof.block import Block
 from mdproof.collect import collect
 from mdproof.errors import PageError
-from mdproof.exercised import Evidence, tests_in
+from mdproof.exercised import Evidence, every_test
 from mdproof.proof import ForgedError, Proof, load_proof, proof_file, staleness
 from mdproof.reference import Module, UnknownNameError, find_source, read_module
 from mdproof.site import Site, load_site
@@ -194,13 +194,10 @@ def articles_using(site: Site, module: str) -> dict[str, list[tuple[str, int]]]:
 def tests_using(site: Site, module: str) -> dict[str, dict[str, list[Evidence]]]:
     """Return for each object of a module the files with tests that use it, and these tests."""
     uses: dict[str, dict[str, list[Evidence]]] = {}
-    for folder in site.settings.get("tests", ("tests",)):
-        for file in sorted((site.root / folder).rglob("test_*.py")):
-            where = file.relative_to(site.root).as_posix()
-            for test in tests_in(site, file):
-                inside = {name.removeprefix(f"{module}.") for name in test.uses} - test.uses
-                for owner in {f"{module}.{name.split('.')[0]}" for name in inside}:
-                    uses.setdefault(owner, {}).setdefault(where, []).append(test)
+    for where, test in every_test(site):
+        inside = {name.removeprefix(f"{module}.") for name in test.uses} - test.uses
+        for owner in {f"{module}.{name.split('.')[0]}" for name in inside}:
+            uses.setdefault(owner, {}).setdefault(where, []).append(test)
     return uses
 
 

@@ -154,6 +154,29 @@ def test_an_edited_file_is_read_again(site: Site) -> None:
     assert exercised.tests_in(site, file) == [Evidence("test_one", frozenset(), ())]
 
 
+def test_the_index_of_tests_follows_every_file_that_it_was_made_of(site: Site) -> None:
+    def files(owner: str) -> set[str]:
+        return set(overview.tests_using(site, "pack.m").get(f"pack.m.{owner}", {}))
+
+    assert files("two") == {"tests/a/test_m.py"}
+    helping = site.root / "tests/helping.py"
+    helping.write_text("LIMIT = 3\ndef helped():\n    pass\n", encoding="utf-8")
+    names = overview.tests_using(site, "pack.m")["pack.m.two"]["tests/a/test_m.py"]
+    assert "test_by_another_file" not in {test.name for test in names}
+    new = site.root / "tests/test_new.py"
+    new.write_text("from pack.m import two\ndef test_two():\n    two()\n", encoding="utf-8")
+    assert files("two") == {"tests/a/test_m.py", "tests/test_new.py"}
+    new.unlink()
+    assert files("two") == {"tests/a/test_m.py"}
+    top = site.root / "conftest.py"
+    (site.root / "tests/conftest.py").unlink()
+    assert files("Box") == {"tests/a/test_m.py"}  # what imports it by itself
+    before = len(overview.tests_using(site, "pack.m")["pack.m.Box"]["tests/a/test_m.py"])
+    top.write_text("from pack.m import Box\n\n\ndef boxes():\n    return [Box()]\n", "utf-8")
+    after = overview.tests_using(site, "pack.m")["pack.m.Box"]["tests/a/test_m.py"]
+    assert len(after) > before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "files",
