@@ -56,7 +56,7 @@ check: $(VENV)/dev.stamp
 
 unit: $(VENV)/dev.stamp
 	@echo "==> unit tests, parity with peer libraries, docstring examples"
-	@$(BIN)/python -m pytest tests src/zhizhi --doctest-modules -m "not site" -n $(JOBS) --dist loadgroup -q
+	@$(BIN)/python -m pytest tests src/zhizhi --doctest-modules -m "not site" -n $(JOBS) --dist loadgroup -q --durations=12
 
 pages: $(VENV)/dev.stamp
 	@echo "==> every block and every runnable copy of every page"
@@ -64,7 +64,7 @@ pages: $(VENV)/dev.stamp
 
 browser: $(VENV)/dev.stamp
 	@echo "==> strict build and the site in a real browser"
-	@$(BIN)/python -m pytest tests/site -q
+	@$(BIN)/python -m pytest tests/site -n $(JOBS) --dist loadgroup -q
 
 prove: $(VENV)/dev.stamp
 	@$(BIN)/python -m mdproof prove
