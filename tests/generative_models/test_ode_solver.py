@@ -32,7 +32,7 @@ def test_backwards_leads_back(solve):
 
 
 def test_a_straight_line_takes_one_step():
-    times = torch.tensor([0.0, 0.3, 1.0])
+    times = torch.tensor([0.0, 1.0])
     for solve in (euler, heun, rk4):
         assert solve(lambda x, t: torch.full_like(x, 2.0), torch.zeros(1), times)[-1].item() == 2.0
 

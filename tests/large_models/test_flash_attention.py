@@ -103,7 +103,7 @@ def test_a_tile_that_a_query_may_not_read_is_the_identity_for_it():
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("T", "S"), SHAPES)
-@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (8, 32), (64, 64), (7, 5)])
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (8, 32), (64, 64), (7, 5), (3, 1)])
 def test_forward_equals_the_plain_definition(T, S, block_q, block_k, causal):
     q, k, v = draw((2, T, 8), (2, S, 8), (2, S, 6))
     out, lse = flash_attention(q, k, v, causal=causal, block_q=block_q, block_k=block_k)

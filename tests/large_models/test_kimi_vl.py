@@ -38,8 +38,9 @@ def test_patches_are_what_a_convolution_sees():
     assert grid == (2, 3)
     ours = rows @ conv.weight.flatten(1).T + conv.bias
     assert_float32(ours, conv(image[None])[0].flatten(1).T)
-    with pytest.raises(ValueError, match="8 by 12: 5 must divide"):
-        patchify(image, patch=5)
+    for patch in (3, 5, 8):  # divides the one side, none, the other
+        with pytest.raises(ValueError, match=f"8 by 12: {patch} must divide"):
+            patchify(image, patch=patch)
 
 
 def test_packed_images_do_not_see_each_other():
@@ -62,6 +63,23 @@ def test_a_block_is_the_plain_formula_without_rotation():
     h = x + block.out(mixed)
     wanted = h + block.down(nn.functional.gelu(block.up(block.norm2(h)), approximate="tanh"))
     assert_float32(block(x, torch.zeros(5, 4), torch.tensor([0, 5])), wanted)
+
+
+@pytest.mark.parametrize("grid", [(3, 1), (1, 3)])
+def test_both_rows_and_columns_turn(grid):
+    model = MoonViT(TINY, generator=seeded())
+    torch.nn.init.zeros_(model.position)  # only the rotations tell places apart
+    for block in model.blocks:
+        torch.nn.init.normal_(block.qkv.weight, generator=seeded(1))
+    rows, order = torch.randn(3, 12, generator=seeded(2)), [1, 0, 2]
+    moved = model(rows[order], [grid]) - model(rows, [grid])[order]
+    assert moved.abs().max() > 1e-3
+
+
+def test_weights_begin_small():
+    model = MoonViT(TINY, generator=seeded())
+    drawn = torch.cat([p.flatten() for p in model.parameters() if p.ndim > 1])
+    assert drawn.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_a_table_of_the_same_size_is_taken_as_it_is_and_a_ramp_stays_one():
@@ -130,8 +148,10 @@ def test_parameters_of_the_published_encoder():
 
 def test_parameters_of_moonlight():
     total, active, table = v3_parameters(MOONLIGHT)
-    assert round((total - 2 * table) / 1e9, 2) == 15.29
-    assert round((active - 2 * table) / 1e9, 2) == 2.24
+    assert table == 163_840 * 2048
+    assert MOONLIGHT.scale == 2.446  # counts do not see it
+    assert round((total - 2 * table) / 1e9, 3) == 15.289
+    assert round((active - 2 * table) / 1e9, 3) == 2.244
     with torch.device("meta"):
         built = sum(p.numel() for p in DeepSeekV3(MOONLIGHT).parameters())
     assert built == total

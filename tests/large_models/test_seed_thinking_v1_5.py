@@ -176,6 +176,7 @@ def test_the_penalty_is_a_ramp():
     lengths = torch.arange(0, 40)
     slow = [0.0 if n <= 16 else (16 - n) / 4 if n <= 20 else -1.0 for n in range(40)]
     assert soft_overlong_penalty(lengths, max_length=20, cache=4).tolist() == slow
+    assert soft_overlong_penalty(lengths[:22], max_length=20, cache=1).tolist()[19:] == [0, -1, -1]
     for cache in (0, 21):
         with pytest.raises(ValueError, match="0 < cache <= max_length"):
             soft_overlong_penalty(lengths, max_length=20, cache=cache)
