@@ -210,14 +210,24 @@ BREAKS = {
         "(x_t - _as(shift, x_t) * noise_hat)",
         "(x_t + _as(shift, x_t) * noise_hat)",
     ),
+    "generative_models/unet": (
+        "torch.cat([angle.cos(), angle.sin()], dim=-1)",
+        "torch.cat([angle.cos(), angle.cos()], dim=-1)",
+    ),
+    "generative_models/dit": (
+        "nn.init.zeros_(self.condition.weight)",
+        "nn.init.ones_(self.condition.weight)",
+    ),
     "generative_models/score_matching": (
         "return divergence + 0.5 * value",
         "return divergence - 0.5 * value",
     ),
 }
 
-# Kernels that stand on another page than the definition beside them.
+# Rooms that stand on a page of another name.
 ELSEWHERE = {
+    "generative_models/unet": "generative-models/unet-and-dit.md",
+    "generative_models/dit": "generative-models/unet-and-dit.md",
     "large_models/fp8": "large-models/deepseek-v3.md",
     "large_models/pipeline": "large-models/deepseek-v3.md",
     "large_models/nf4": "large-models/lora.md",
