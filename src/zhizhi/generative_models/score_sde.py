@@ -278,7 +278,7 @@ def langevin_corrector(
     Args:
         x: Where the samples are.
         score: The score there.
-        snr: r, ratio of the climb to the shake; 0.16 in much of the paper.
+        snr: r, ratio of the climb to the shake; 0.16 in the authors' settings for CIFAR-10.
         alpha: 1 - beta of this time for VP, 1 for VE.
         generator: Draws z.
 
