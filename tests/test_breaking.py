@@ -131,6 +131,10 @@ BREAKS = {
         "(h f w g) D -> (h w) (f g D)",
         "(h w f g) D -> (h w) (f g D)",
     ),
+    "generative_models/score_sde": (
+        "0.5 * (1 + lam**2) * g_squared * score",
+        "0.5 * (1 - lam**2) * g_squared * score",
+    ),
     "generative_models/ddim": (
         "data = (x_t - (1 - alpha_bar_t).sqrt() * noise_hat)",
         "data = (x_t + (1 - alpha_bar_t).sqrt() * noise_hat)",
