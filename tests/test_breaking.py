@@ -210,6 +210,10 @@ BREAKS = {
         "(x_t - _as(shift, x_t) * noise_hat)",
         "(x_t + _as(shift, x_t) * noise_hat)",
     ),
+    "generative_models/rectified_flow": (
+        "velocity(x_t, t) - (noise - x_0)",
+        "velocity(x_t, t) - (x_0 - noise)",
+    ),
     "generative_models/score_matching": (
         "return divergence + 0.5 * value",
         "return divergence - 0.5 * value",
