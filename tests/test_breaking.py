@@ -221,6 +221,9 @@ BREAKS = {
     "generative_models/dit": (
         "nn.init.zeros_(self.condition.weight)",
         "nn.init.ones_(self.condition.weight)",
+    "generative_models/rectified_flow": (
+        "velocity(x_t, t) - (noise - x_0)",
+        "velocity(x_t, t) - (x_0 - noise)",
     ),
     "generative_models/score_matching": (
         "return divergence + 0.5 * value",
