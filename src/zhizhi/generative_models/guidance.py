@@ -43,7 +43,7 @@ def classifier_gradient(
     """
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
-        log_p = classifier(x_t).log_softmax(dim=-1)
+        log_p = classifier(x_t).log_softmax(dim=-1)  # (eq:guidance-average)
         chosen = log_p.gather(1, label[:, None]).sum()  # rows do not touch one another
         return torch.autograd.grad(chosen, x_t)[0]
 
@@ -253,4 +253,5 @@ def guidance_interval(
     if not low < high:
         raise ValueError(f"low is {low} and high is {high}: low < high.")
     inside = (low < sigma) & (sigma <= high)
+    # (eq:guidance-interval)
     return torch.where(inside, torch.full_like(sigma, scale), torch.ones_like(sigma))
