@@ -139,6 +139,10 @@ BREAKS = {
         "data = (x_t - (1 - alpha_bar_t).sqrt() * noise_hat)",
         "data = (x_t + (1 - alpha_bar_t).sqrt() * noise_hat)",
     ),
+    "generative_models/guidance": (
+        "return noise_hat - scale * b * gradient",
+        "return noise_hat + scale * b * gradient",
+    ),
     "large_models/deepseek_r1": (
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
         "return math.comb(n - c, k) / math.comb(n, k)",
