@@ -225,6 +225,7 @@ BREAKS = {
     "generative_models/dit": (
         "nn.init.zeros_(self.condition.weight)",
         "nn.init.ones_(self.condition.weight)",
+    ),
     "generative_models/rectified_flow": (
         "velocity(x_t, t) - (noise - x_0)",
         "velocity(x_t, t) - (x_0 - noise)",
