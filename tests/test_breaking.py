@@ -135,6 +135,10 @@ BREAKS = {
         "data = (x_t - (1 - alpha_bar_t).sqrt() * noise_hat)",
         "data = (x_t + (1 - alpha_bar_t).sqrt() * noise_hat)",
     ),
+    "generative_models/edm": (
+        "return (x - denoise(x, sigma.to(x).expand(len(x)))) / sigma",
+        "return (x - denoise(x, sigma.to(x).expand(len(x)))) * sigma",
+    ),
     "large_models/deepseek_r1": (
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
         "return math.comb(n - c, k) / math.comb(n, k)",
