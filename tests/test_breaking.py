@@ -131,6 +131,14 @@ BREAKS = {
         "(h f w g) D -> (h w) (f g D)",
         "(h w f g) D -> (h w) (f g D)",
     ),
+    "generative_models/vae_elbo": (
+        "return fitted - spread - beta * kl",
+        "return fitted + spread - beta * kl",
+    ),
+    "generative_models/autoencoder": (
+        "mean.square() + log_variance.exp() - 1 - log_variance",
+        "mean.square() + log_variance.exp() - 1 + log_variance",
+    ),
     "generative_models/ddim": (
         "data = (x_t - (1 - alpha_bar_t).sqrt() * noise_hat)",
         "data = (x_t + (1 - alpha_bar_t).sqrt() * noise_hat)",
@@ -218,6 +226,7 @@ BREAKS = {
 
 # Kernels that stand on another page than the definition beside them.
 ELSEWHERE = {
+    "generative_models/autoencoder": "generative-models/vae-elbo.md",
     "large_models/fp8": "large-models/deepseek-v3.md",
     "large_models/pipeline": "large-models/deepseek-v3.md",
     "large_models/nf4": "large-models/lora.md",
