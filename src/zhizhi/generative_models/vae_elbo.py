@@ -440,7 +440,7 @@ def linear_elbo(
         (tensor([-1.5155]), tensor([-1.5155]))
 
     Reference:
-        Lucas et al. (2019), arXiv:1911.02469, Sec. 4.
+        Lucas et al. (2019), arXiv:1911.02469.
     """
     W, centre, variance = model
     fitted = gaussian_log_prob(x, centre + mean @ W.T, variance.log().expand(len(W)))
