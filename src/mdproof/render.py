@@ -197,7 +197,12 @@ def _outputs(
                 for file in [f"{out['name']}.{theme}.svg"]
             )
             below = f"<figcaption>{caption}</figcaption>" if caption else ""
-            parts.append(f'<figure class="mdproof-figure">{images}{below}</figure>')
+            kind = "mdproof-figure"
+            if out.get("frames"):  # the script plays it when it is seen, and again on demand
+                again = html.escape(words["replay"])
+                images += f'<button type="button" class="mdproof-replay" hidden>{again}</button>'
+                kind += " mdproof-film"
+            parts.append(f'<figure class="{kind}">{images}{below}</figure>')
     return "".join(parts)
 
 
