@@ -125,7 +125,7 @@ def test_the_third_order_needs_the_whole_second_derivative(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_a_step_integrates_polynomials_of_its_degree_exactly(form, K):
-    """By Simpson's rule on the integral of (eq:flow-dpm-exact), on an uneven grid."""
+    """By Simpson's rule on the integral of (eq:pfode-dpm-exact), on an uneven grid."""
     lam = torch.tensor([-0.9, -0.2, 0.3, 1.1], dtype=torch.float64)[-(K + 1) :]
     path, x = vp(lam), torch.tensor(0.7, dtype=torch.float64)
     shape = [0.4, -0.6, 0.9][:K]
@@ -171,7 +171,7 @@ def test_order_one_of_both_forms_is_ddim():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_of_a_path_only_lambda_matters(form, order):
-    """(eq:flow-dpm-exact): x / a depends on lambda alone, so all paths give one answer."""
+    """(eq:pfode-dpm-exact): x / a depends on lambda alone, so all paths give one answer."""
     model, sample = noise if form == "noise" else data, FORMS[form][1]
     lam, x = grid(-3, 3, 9), normal(5, 1)
     ends = []
@@ -240,13 +240,21 @@ def test_refusals():
         dpm_solver_pp_step(x, normal(0, 2), path)
     with pytest.raises(ValueError, match="2 predictions and 5 points: one point more"):
         dpm_solver_pp_step(x, normal(2, 2), path)
-    to_data = Path(torch.tensor([0.6, 0.8, 1.0]), torch.tensor([0.8, 0.6, 0.0]))
-    with pytest.raises(ValueError, match="K is 2 and b is 0 at the end"):
-        dpm_solver_pp_step(x, normal(2, 2), to_data)
-    with pytest.raises(
-        ValueError, match=r"lambda goes from 0\.287682 to inf: the noise form needs"
-    ):
-        dpm_solver_step(x, normal(2, 2), to_data)
-    from_noise = Path(torch.tensor([0.0, 0.8]), torch.tensor([1.0, 0.6]))
-    with pytest.raises(ValueError, match=r"lambda goes from -inf to 0\.287682"):
-        dpm_solver_step(x, normal(1, 2), from_noise)
+    up = Path(torch.tensor([1.0, 0.8, 0.0]), torch.tensor([0.0, 0.6, 1.0]))
+    down = Path(up.b, up.a)
+    for step, good, bad in ((dpm_solver_step, up, down), (dpm_solver_pp_step, down, up)):
+        letter = "a" if step is dpm_solver_step else "b"
+        with pytest.raises(ValueError, match=f"K is 2 and {letter} is 0 at the end: only K = 1"):
+            step(x, normal(2, 2), good)
+        for ends in (slice(0, 2), slice(1, 3)):
+            assert step(x, normal(1, 2), Path(good.a[ends], good.b[ends])).isfinite().all()
+            with pytest.raises(ValueError, match=f"{letter} is 0 at the start or"):
+                step(x, normal(1, 2), Path(bad.a[ends], bad.b[ends]))
+
+
+def test_each_form_goes_to_and_from_the_end_where_its_prediction_is_all():
+    """Noise form up to a = 0: x is the noise; data form down to b = 0: x is the data."""
+    up = Path(torch.tensor([0.8, 0.0]), torch.tensor([0.6, 1.0]))
+    x, seen = normal(3), normal(1, 3, seed=1)
+    assert_exact(dpm_solver_step(x, seen, up), seen[0])
+    assert_exact(dpm_solver_pp_step(x, seen, Path(up.b, up.a)), seen[0])

@@ -78,7 +78,7 @@ def test_each_row_may_have_its_own_time():
 
 @pytest.mark.parametrize("path_of", [vp_path, ve_path, straight_path])
 def test_the_density_of_the_path_obeys_the_continuity_equation(path_of):
-    """(eq:flow-continuity): both sides by automatic differentiation."""
+    """(eq:pfode-continuity): both sides by automatic differentiation."""
     x = normal(9, 2).requires_grad_()
     t = at(0.4).requires_grad_()
     path = path_of(t)
@@ -93,7 +93,7 @@ def test_the_density_of_the_path_obeys_the_continuity_equation(path_of):
 
 @pytest.mark.parametrize("noise", [0.0, 0.6, 1.0, 2.0])
 def test_every_amount_of_noise_keeps_the_marginals_of_a_gaussian(noise):
-    """(eq:flow-family): one variance for all, by the equations of mean and variance."""
+    """(eq:pfode-family): one variance for all, by the equations of mean and variance."""
     mean, variance, t = 0.7, 0.2, 0.5
     path = vp_path(at(t))
     f, g_squared = linear_sde(path)

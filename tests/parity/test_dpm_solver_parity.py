@@ -22,10 +22,13 @@ def diffusers():
         return pytest.importorskip("diffusers")
 
 
-def scheduler(diffusers, **options):
+def scheduler(diffusers, n_steps, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # "dpmsolver" is deprecated there
-        return diffusers.DPMSolverMultistepScheduler(1000, 1e-4, 0.02, "linear", **options)
+        warnings.simplefilter("ignore", DeprecationWarning)  # np.array(tensor), on their side
+        theirs = diffusers.DPMSolverMultistepScheduler(1000, 1e-4, 0.02, "linear", **options)
+        theirs.set_timesteps(n_steps)
+    return theirs
 
 
 def path_of(theirs):
@@ -70,10 +73,9 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("form", "order", "final", "lower", "n"), COMBINATIONS)
 def test_every_step_is_that_of_diffusers(diffusers, form, order, final, lower, n, kind):
     theirs = scheduler(
-        diffusers, algorithm_type=form, solver_order=order, final_sigmas_type=final,
+        diffusers, n, algorithm_type=form, solver_order=order, final_sigmas_type=final,
         lower_order_final=lower, prediction_type=kind,
     )  # fmt: skip
-    theirs.set_timesteps(n)
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     sample, model = (
         (dpm_solver_sample, noise) if form == "dpmsolver" else (dpm_solver_pp_sample, data)
@@ -91,10 +93,9 @@ def test_every_step_is_that_of_diffusers(diffusers, form, order, final, lower, n
 def test_their_third_order_is_ours_less_half_of_the_second_derivative(diffusers, form, lower):
     """D_2 is h^2 times the second derivative; they take h^2 times a divided difference, half."""
     theirs = scheduler(
-        diffusers, algorithm_type=form, solver_order=3, final_sigmas_type="sigma_min",
+        diffusers, 12, algorithm_type=form, solver_order=3, final_sigmas_type="sigma_min",
         lower_order_final=lower,
     )  # fmt: skip
-    theirs.set_timesteps(12)
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     chain, path = their_walk(theirs, x, "epsilon"), path_of(theirs)
     lam = path.a.log() - path.b.log()

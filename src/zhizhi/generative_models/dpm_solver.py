@@ -68,8 +68,8 @@ def dpm_solver_step(
         x_t; the error of one step falls like h^(K+1).
 
     Raises:
-        ValueError: If K is not 1, 2 or 3, the path has not K + 1 points, or lambda is not finite at
-            an end of the step.
+        ValueError: If K is not 1, 2 or 3, the path has not K + 1 points, a is 0 at the start or b
+            at the end, or K > 1 goes to a = 0.
 
     Example:
         >>> path = Path(torch.tensor([0.6, 0.8]), torch.tensor([0.8, 0.6]))
@@ -81,14 +81,28 @@ def dpm_solver_step(
         Lu et al. (2022), arXiv:2206.00927, Sec. 3.2 and App. B. For
         K = 3 their published code has half of this D_2.
     """
-    _check(noise_hat, path)
-    ends = log_snr(path)[-2:]
-    if not ends.isfinite().all():
-        low, high = ends.tolist()
-        raise ValueError(
-            f"lambda goes from {low:.6g} to {high:.6g}: the noise form needs both finite."
-        )
-    return _step(x, noise_hat, torch.as_tensor(path.a), torch.as_tensor(path.b))
+    a, b = _ends(noise_hat, path)
+    K = len(noise_hat)
+    if a[-2] == 0 or b[-1] == 0:
+        raise ValueError("a is 0 at the start or b at the end: there the noise tells no data.")
+    if K > 1 and a[-1] == 0:
+        raise ValueError(f"K is {K} and a is 0 at the end: only K = 1 gets there.")
+    lam = a.log() - b.log()
+    h = lam[-1] - lam[-2]
+    phi_1 = torch.expm1(h)
+    change = phi_1 * noise_hat[-1]
+    if K > 1:
+        r_0 = (lam[-2] - lam[-3]) / h
+        d_1 = (noise_hat[-1] - noise_hat[-2]) / r_0
+        if K == 2:
+            change = change + phi_1 / 2 * d_1  # (eq:pfode-dpm-2)
+        else:
+            r_1 = (lam[-3] - lam[-4]) / h
+            bend = (d_1 - (noise_hat[-2] - noise_hat[-3]) / r_1) / (r_0 + r_1)
+            phi_2 = phi_1 / h - 1
+            phi_3 = phi_2 / h - 0.5
+            change = change + phi_2 * (d_1 + r_0 * bend) + phi_3 * 2 * bend  # (eq:pfode-dpm-3)
+    return a[-1] / a[-2] * x - b[-1] * change  # (eq:pfode-dpm-taylor)
 
 
 def dpm_solver_pp_step(
@@ -114,7 +128,8 @@ def dpm_solver_pp_step(
         x_t; the error of one step falls like h^(K+1).
 
     Raises:
-        ValueError: If K is not 1, 2 or 3, the path has not K + 1 points, or K > 1 goes to b = 0.
+        ValueError: If K is not 1, 2 or 3, the path has not K + 1 points, b is 0 at the start or a
+            at the end, or K > 1 goes to b = 0.
 
     Example:
         >>> path = Path(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
@@ -124,11 +139,13 @@ def dpm_solver_pp_step(
     Reference:
         Lu et al. (2022), arXiv:2211.01095, Algorithm 2 for K = 2.
     """
-    _check(x_0_hat, path)
-    a, b = torch.as_tensor(path.a), torch.as_tensor(path.b)
-    if len(x_0_hat) > 1 and b[-1] == 0:
-        raise ValueError(f"K is {len(x_0_hat)} and b is 0 at the end: the last step has K = 1.")
-    return _step(x, x_0_hat, b, a)
+    a, b = _ends(x_0_hat, path)
+    K = len(x_0_hat)
+    if b[-2] == 0 or a[-1] == 0:
+        raise ValueError("b is 0 at the start or a at the end: there the data tell no noise.")
+    if K > 1 and b[-1] == 0:
+        raise ValueError(f"K is {K} and b is 0 at the end: only K = 1 gets there.")
+    return dpm_solver_step(x, x_0_hat, Path(b, a))  # (eq:pfode-dpm-data)
 
 
 def dpm_solver_sample(
@@ -180,7 +197,7 @@ def dpm_solver_pp_sample(
         model: Predicts the data from x and the path there.
         x: Noise at the first point.
         path: Coefficients at T points from noise to data; both ends may be reached.
-        order: 1, 2 or 3; the first steps are of lower order, and so is one that ends at b = 0.
+        order: 1, 2 or 3; the first steps are of lower order, and the one that ends at b = 0.
         lower_order_final: Let the last steps be of lower order, too; steadier in few steps.
 
     Returns:
@@ -202,26 +219,6 @@ def dpm_solver_pp_sample(
     return _walk(dpm_solver_pp_step, model, x, path, order, lower_order_final)
 
 
-def _step(x: Tensor, predictions: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Take the step for noise; with a and b exchanged it is the one for data."""
-    lam = a.log() - b.log()
-    h = lam[-1] - lam[-2]
-    phi_1 = torch.expm1(h)
-    total = phi_1 * predictions[-1]
-    if len(predictions) > 1:
-        r_0 = (lam[-2] - lam[-3]) / h
-        slope = (predictions[-1] - predictions[-2]) / r_0
-        if len(predictions) == 2:
-            total = total + 0.5 * phi_1 * slope  # (eq:flow-dpm-2)
-        else:
-            r_1 = (lam[-3] - lam[-4]) / h
-            bend = (slope - (predictions[-2] - predictions[-3]) / r_1) / (r_0 + r_1)
-            phi_2 = phi_1 / h - 1
-            phi_3 = phi_2 / h - 0.5
-            total = total + phi_2 * (slope + r_0 * bend) + phi_3 * 2 * bend  # (eq:flow-dpm-3)
-    return a[-1] / a[-2] * x - b[-1] * total  # (eq:flow-dpm-taylor)
-
-
 def _walk(
     step: Callable[[Tensor, Tensor, Path], Tensor],
     model: Model,
@@ -240,7 +237,7 @@ def _walk(
     for i in range(n_steps):
         predictions.append(model(chain[-1], Path(a[i], b[i])))
         K = min(order, i + 1)
-        if b[i + 1] == 0:
+        if a[i + 1] == 0 or b[i + 1] == 0:
             K = 1
         elif lower_order_final:
             K = min(K, n_steps - i)
@@ -249,9 +246,11 @@ def _walk(
     return torch.stack(chain)
 
 
-def _check(predictions: Tensor, path: Path) -> None:
-    K, n = len(predictions), torch.as_tensor(path.a).numel()
+def _ends(predictions: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+    a, b = torch.as_tensor(path.a), torch.as_tensor(path.b)
+    K = len(predictions)
     if K not in (1, 2, 3):
         raise ValueError(f"there are {K} predictions: 1, 2 or 3.")
-    if n != K + 1:
-        raise ValueError(f"{K} predictions and {n} points: one point more than predictions.")
+    if len(a) != K + 1:
+        raise ValueError(f"{K} predictions and {len(a)} points: one point more than predictions.")
+    return a, b

@@ -49,7 +49,7 @@ def probability_flow_velocity(
         Song et al. (2021), arXiv:2011.13456, Eq. (13).
     """
     f, g_squared = linear_sde(path)
-    return f[..., None] * x - 0.5 * g_squared[..., None] * score  # (eq:flow-ode)
+    return f[..., None] * x - 0.5 * g_squared[..., None] * score  # (eq:pfode-ode)
 
 
 def log_likelihood(
@@ -113,7 +113,7 @@ def log_likelihood(
 
     start = torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
     end = rk4(spread, start, times)[-1]
-    return log_prior(end[:, :-1]) + end[:, -1]  # (eq:flow-likelihood)
+    return log_prior(end[:, :-1]) + end[:, -1]  # (eq:pfode-likelihood)
 
 
 def gaussian_flow(
@@ -161,4 +161,4 @@ def gaussian_flow(
             "it must be positive."
         )
     stretch = (((end.a * std).square() + end.b**2) / variance).sqrt()
-    return end.a * mean + stretch * (x - start.a * mean)  # (eq:flow-gaussian)
+    return end.a * mean + stretch * (x - start.a * mean)  # (eq:pfode-gaussian)
