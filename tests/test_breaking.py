@@ -246,6 +246,14 @@ BREAKS = {
         "return divergence + 0.5 * value",
         "return divergence - 0.5 * value",
     ),
+    "generative_models/probability_flow_ode": (
+        "* x - 0.5 * g_squared[..., None] * score",
+        "* x + 0.5 * g_squared[..., None] * score",
+    ),
+    "generative_models/dpm_solver": (
+        "phi_2 * (d_1 + r_0 * bend)",
+        "phi_2 * (d_1 - r_0 * bend)",
+    ),
 }
 
 # Rooms that stand on a page of another name.
@@ -258,6 +266,7 @@ ELSEWHERE = {
     "large_models/nf4": "large-models/lora.md",
     "large_models/lr_schedule": "large-models/llama.md",
     "large_models/generation": "large-models/transformer-decoder.md",
+    "generative_models/dpm_solver": "generative-models/probability-flow-ode.md",
     "deep_learning/adamw_triton": "python/triton-first-kernel.md",
     "deep_learning/softmax_cross_entropy_triton": "python/triton-first-kernel.md",
 }
