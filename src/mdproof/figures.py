@@ -5,7 +5,8 @@ colours that nobody uses; `themed` puts the colours of a light or a dark page in
 
 A figure that an animation of matplotlib moves becomes one drawing of all its frames, which plays
 once by its own style sheet, without a script. Its last frame is what stays, and all that is shown
-in print and to readers who asked for less motion.
+in print, to readers who asked for less motion, and at the address that ends in `#still` (browsers
+do not tell a drawing inside a page what its reader asked for).
 """
 
 import io
@@ -20,7 +21,7 @@ _INK, _GRID = "#010203", "#0a0b0c"
 THEMES = {"light": {_INK: "#1f2328", _GRID: "#d0d7de"}, "dark": {_INK: "#d5d9e0", _GRID: "#454b57"}}
 
 _LONG = re.compile(r"(\d+\.\d{2})\d+")
-_DEFINITIONS = re.compile(r"(<defs>.*?</defs>)", flags=re.DOTALL)
+_DEFINITIONS = re.compile(r"<defs>.*?</defs>\n?", flags=re.DOTALL)
 _PATH = re.compile(r' (?:d|x|y|points)="[^"]*"')
 
 
@@ -84,19 +85,18 @@ def _film(frames: list[str], *, seconds: float) -> str:
         "@keyframes seen{from{visibility:visible}to{visibility:hidden}}"
         f".frame:last-of-type{{visibility:visible;animation:wait {seconds * (len(frames) - 1):g}s "
         "step-end}@keyframes wait{from{visibility:hidden}to{visibility:visible}}"
-        "@media print,(prefers-reduced-motion:reduce){.frame{animation:none!important}}</style>"
+        "@media print,(prefers-reduced-motion:reduce){.frame{animation:none!important}}"
+        "#still:target~.frame{animation:none!important}</style><g id=\"still\"/>"
     )
-    parts, known = [f"{head}</defs>\n{style}\n"], set()
+    # Glyphs and clips are defined once, outside the frames: a clip that is hidden hides everything.
+    shared: dict[str, None] = {}
+    parts: list[str] = []
     for i, frame in enumerate(frames):
         body = frame.partition("</defs>")[2].rpartition("</svg>")[0]
-        kept = []
-        for piece in _DEFINITIONS.split(body):  # of glyphs and clips: once is enough
-            if not (piece.startswith("<defs>") and piece in known):
-                kept.append(piece)
-                known.add(piece)
+        shared |= dict.fromkeys(_DEFINITIONS.findall(body))
         delay = f' style="animation-delay:{i * seconds:g}s"' if i < len(frames) - 1 else ""
-        parts.append(f'<g class="frame"{delay}>{"".join(kept)}</g>\n')
-    return "".join(parts) + "</svg>\n"
+        parts.append(f'<g class="frame"{delay}>{_DEFINITIONS.sub("", body)}</g>\n')
+    return "".join([f"{head}</defs>\n{style}\n", *shared, *parts]) + "</svg>\n"
 
 
 def count(svg: str) -> int:
