@@ -131,9 +131,21 @@ BREAKS = {
         "(h f w g) D -> (h w) (f g D)",
         "(h w f g) D -> (h w) (f g D)",
     ),
+    "generative_models/score_sde": (
+        "0.5 * (1 + lam**2) * g_squared * score",
+        "0.5 * (1 - lam**2) * g_squared * score",
+    ),
     "generative_models/ddim": (
         "data = (x_t - (1 - alpha_bar_t).sqrt() * noise_hat)",
         "data = (x_t + (1 - alpha_bar_t).sqrt() * noise_hat)",
+    ),
+    "generative_models/guidance": (
+        "return noise_hat - scale * b * gradient",
+        "return noise_hat + scale * b * gradient",
+    ),
+    "generative_models/edm": (
+        "return (x - denoise(x, sigma.to(x).expand(len(x)))) / sigma",
+        "return (x - denoise(x, sigma.to(x).expand(len(x)))) * sigma",
     ),
     "large_models/deepseek_r1": (
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
@@ -210,14 +222,28 @@ BREAKS = {
         "(x_t - _as(shift, x_t) * noise_hat)",
         "(x_t + _as(shift, x_t) * noise_hat)",
     ),
+    "generative_models/unet": (
+        "torch.cat([angle.cos(), angle.sin()], dim=-1)",
+        "torch.cat([angle.cos(), angle.cos()], dim=-1)",
+    ),
+    "generative_models/dit": (
+        "nn.init.zeros_(self.condition.weight)",
+        "nn.init.ones_(self.condition.weight)",
+    ),
+    "generative_models/rectified_flow": (
+        "velocity(x_t, t) - (noise - x_0)",
+        "velocity(x_t, t) - (x_0 - noise)",
+    ),
     "generative_models/score_matching": (
         "return divergence + 0.5 * value",
         "return divergence - 0.5 * value",
     ),
 }
 
-# Kernels that stand on another page than the definition beside them.
+# Rooms that stand on a page of another name.
 ELSEWHERE = {
+    "generative_models/unet": "generative-models/unet-and-dit.md",
+    "generative_models/dit": "generative-models/unet-and-dit.md",
     "large_models/fp8": "large-models/deepseek-v3.md",
     "large_models/pipeline": "large-models/deepseek-v3.md",
     "large_models/nf4": "large-models/lora.md",
