@@ -221,7 +221,7 @@ def test_the_net_is_its_blocks_between_patches(options):
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)  # angles up to 1000 in float32
 
 
-def test_a_fresh_net_says_nothing_and_learns_in_every_weight_but_the_gated():
+def test_a_fresh_net_says_nothing_and_learns():
     net = small()
     z, text, pooled = (normal(2, *s).float() for s in ((2, 4, 4), (5, 6), (3,)))
     out = net(z, torch.tensor([0.2, 0.9]), text, pooled)

@@ -86,7 +86,7 @@ def grid_places(n: int, *, n_max: int, n_base: int) -> Float[Tensor, " n"]:
 
     Reference:
         Hugging Face diffusers, `PatchEmbed.cropped_pos_embed`; Esser et al. (2024),
-        arXiv:2403.03206, Sec. 5.3.2, put the zero in the middle.
+        arXiv:2403.03206, Sec. 5.3.2, put the zero at the corner of the centred square.
     """
     if not 1 <= n <= n_max:
         raise ValueError(f"there are {n} tokens along a side and {n_max} places: 1 <= n <= n_max.")

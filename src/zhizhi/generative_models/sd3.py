@@ -149,7 +149,7 @@ def mode_timesteps(
 
     Args:
         n: How many.
-        scale: As in `mode_map`; 1.29 is the best of the paper.
+        scale: As in `mode_map`; 1.29 ranks best among those of the paper.
         generator: Draws uniform numbers.
 
     Returns:
