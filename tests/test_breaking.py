@@ -135,6 +135,14 @@ BREAKS = {
         "0.5 * (1 + lam**2) * g_squared * score",
         "0.5 * (1 - lam**2) * g_squared * score",
     ),
+    "generative_models/vae_elbo": (
+        "return fitted - spread - beta * kl",
+        "return fitted + spread - beta * kl",
+    ),
+    "generative_models/autoencoder": (
+        "mean.square() + log_variance.exp() - 1 - log_variance",
+        "mean.square() + log_variance.exp() - 1 + log_variance",
+    ),
     "generative_models/ddim": (
         "data = (x_t - (1 - alpha_bar_t).sqrt() * noise_hat)",
         "data = (x_t + (1 - alpha_bar_t).sqrt() * noise_hat)",
@@ -253,6 +261,7 @@ ELSEWHERE = {
     "generative_models/unet": "generative-models/unet-and-dit.md",
     "generative_models/dit": "generative-models/unet-and-dit.md",
     "generative_models/mmdit": "generative-models/sd3.md",
+    "generative_models/autoencoder": "generative-models/vae-elbo.md",
     "large_models/fp8": "large-models/deepseek-v3.md",
     "large_models/pipeline": "large-models/deepseek-v3.md",
     "large_models/nf4": "large-models/lora.md",
