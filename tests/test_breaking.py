@@ -242,6 +242,14 @@ BREAKS = {
         "velocity(x_t, t) - (noise - x_0)",
         "velocity(x_t, t) - (x_0 - noise)",
     ),
+    "generative_models/sd3": (
+        "return alpha * t / (1 + (alpha - 1) * t)",
+        "return alpha * t / (1 + (alpha + 1) * t)",
+    ),
+    "generative_models/mmdit": (
+        "h = x + gate_1[:, None] * self.joint.back(o)",
+        "h = x - gate_1[:, None] * self.joint.back(o)",
+    ),
     "generative_models/score_matching": (
         "return divergence + 0.5 * value",
         "return divergence - 0.5 * value",
@@ -260,6 +268,7 @@ BREAKS = {
 ELSEWHERE = {
     "generative_models/unet": "generative-models/unet-and-dit.md",
     "generative_models/dit": "generative-models/unet-and-dit.md",
+    "generative_models/mmdit": "generative-models/sd3.md",
     "generative_models/autoencoder": "generative-models/vae-elbo.md",
     "large_models/fp8": "large-models/deepseek-v3.md",
     "large_models/pipeline": "large-models/deepseek-v3.md",
