@@ -86,7 +86,7 @@ def _film(frames: list[str], *, seconds: float) -> str:
         f".frame:last-of-type{{visibility:visible;animation:wait {seconds * (len(frames) - 1):g}s "
         "step-end}@keyframes wait{from{visibility:hidden}to{visibility:visible}}"
         "@media print,(prefers-reduced-motion:reduce){.frame{animation:none!important}}"
-        "#still:target~.frame{animation:none!important}</style><g id=\"still\"/>"
+        '#still:target~.frame{animation:none!important}</style><g id="still"/>'
     )
     # Glyphs and clips are defined once, outside the frames: a clip that is hidden hides everything.
     shared: dict[str, None] = {}

@@ -258,4 +258,3 @@ def test_an_animation_that_moves_otherwise_is_another_figure(sample: Sample) -> 
     sample.write(FILM.replace("[i]", "[i / 2]"))
     run = sample.open()
     assert "figure" in str(check_block(run, run.blocks[0]))
-

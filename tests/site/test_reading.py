@@ -140,7 +140,9 @@ def test_a_film_plays_when_it_is_seen_again_on_demand_and_never_for_less_motion(
     film.scroll_into_view_if_needed()
     page.wait_for_function("document.querySelector('.mdproof-film img[src*=\"?play=\"]')")
     address = image.get_attribute("src")
-    page.wait_for_function("(node) => node.complete && node.naturalWidth", arg=image.element_handle())
+    page.wait_for_function(
+        "(node) => node.complete && node.naturalWidth", arg=image.element_handle()
+    )
     early = image.screenshot()
     page.wait_for_timeout(2500)
     assert image.screenshot() != early, "the film stands still"

@@ -339,7 +339,7 @@ class UNetEncoder(nn.Module):
             h = h + added
         skips = [h]
         for level, stages in enumerate(self.stages):
-            for stage in stages:
+            for stage in stages:  # pyrefly: ignore[not-iterable]
                 h = stage(h, e, context)
                 skips.append(h)
             if level < len(self.downs):
@@ -426,7 +426,7 @@ class UNet(nn.Module):
         """Return the prediction from what the encoder returned, or a ControlNet has changed."""
         skips = list(skips)
         for level, stages in enumerate(self.stages):
-            for stage in stages:
+            for stage in stages:  # pyrefly: ignore[not-iterable]
                 h = stage(torch.cat([h, skips.pop()], dim=1), e, context)  # (eq:unet-skip)
             if level < len(self.ups):
                 h = self.ups[level](F.interpolate(h, scale_factor=2.0, mode="nearest"))
