@@ -131,11 +131,10 @@ BREAKS = {
         "(h f w g) D -> (h w) (f g D)",
         "(h w f g) D -> (h w) (f g D)",
     ),
-<<<<<<< HEAD
     "generative_models/score_sde": (
         "0.5 * (1 + lam**2) * g_squared * score",
         "0.5 * (1 - lam**2) * g_squared * score",
-=======
+    ),
     "generative_models/vae_elbo": (
         "return fitted - spread - beta * kl",
         "return fitted + spread - beta * kl",
@@ -143,7 +142,6 @@ BREAKS = {
     "generative_models/autoencoder": (
         "mean.square() + log_variance.exp() - 1 - log_variance",
         "mean.square() + log_variance.exp() - 1 + log_variance",
->>>>>>> vae-elbo
     ),
     "generative_models/ddim": (
         "data = (x_t - (1 - alpha_bar_t).sqrt() * noise_hat)",
@@ -248,12 +246,9 @@ BREAKS = {
 
 # Rooms that stand on a page of another name.
 ELSEWHERE = {
-<<<<<<< HEAD
     "generative_models/unet": "generative-models/unet-and-dit.md",
     "generative_models/dit": "generative-models/unet-and-dit.md",
-=======
     "generative_models/autoencoder": "generative-models/vae-elbo.md",
->>>>>>> vae-elbo
     "large_models/fp8": "large-models/deepseek-v3.md",
     "large_models/pipeline": "large-models/deepseek-v3.md",
     "large_models/nf4": "large-models/lora.md",
