@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from tests.closeness import EXACT, assert_exact, assert_float32
@@ -109,7 +111,7 @@ def test_sampling_is_ddim_with_two_separate_calls_mixed():
     )
     for i in range(3):
         x = z[i : i + 1]
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             with_text = linear_net(x, t[None], context[i : i + 1])
             without = linear_net(x, t[None], null[None])
             x = ddim_step(
@@ -144,7 +146,7 @@ def test_a_scale_of_zero_sees_the_null_alone_and_of_one_the_prompt_alone():
 
 
 def test_the_exact_network_turns_noise_into_the_data():
-    """Latents N(2, 0.5^2): noise_hat is linear in z_t, and the samples have that mean and spread."""
+    """For latents N(2, 0.5^2) noise_hat is linear in z_t, and the samples are such latents."""
     n = 20_000
 
     def exact(z_t, t, context):

@@ -98,7 +98,7 @@ def test_sizes_of_stable_diffusion():
 
 def test_the_encoder_step_by_step():
     vae, x = small_vae(), normal(2, 1, 4, 6)
-    conv_in, first, halve, second, third, attend, fourth, norm, act, conv_out = vae.encoder
+    conv_in, first, halve, second, third, attend, fourth, norm, _, conv_out = vae.encoder
     h = residual(conv_in(x), first)
     wide = torch.zeros(2, 4, 5, 7)
     wide[:, :, :4, :6] = h  # zeros to the right and below, none to the left and above
