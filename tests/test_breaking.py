@@ -238,6 +238,14 @@ BREAKS = {
         "nn.init.zeros_(self.condition.weight)",
         "nn.init.ones_(self.condition.weight)",
     ),
+    "generative_models/stable_diffusion": (
+        "return autoencoder.decode(z / scale)",
+        "return autoencoder.decode(z * scale)",
+    ),
+    "generative_models/stable_diffusion_parts": (
+        "scaled_dot_product_attention(q, k, v, is_causal=True)",
+        "scaled_dot_product_attention(q, k, v, is_causal=False)",
+    ),
     "generative_models/rectified_flow": (
         "velocity(x_t, t) - (noise - x_0)",
         "velocity(x_t, t) - (x_0 - noise)",
@@ -270,6 +278,8 @@ ELSEWHERE = {
     "generative_models/dit": "generative-models/unet-and-dit.md",
     "generative_models/mmdit": "generative-models/sd3.md",
     "generative_models/autoencoder": "generative-models/vae-elbo.md",
+    "generative_models/autoencoder": "generative-models/vae-elbo.md",
+    "generative_models/stable_diffusion_parts": "generative-models/stable-diffusion.md",
     "large_models/fp8": "large-models/deepseek-v3.md",
     "large_models/pipeline": "large-models/deepseek-v3.md",
     "large_models/nf4": "large-models/lora.md",
