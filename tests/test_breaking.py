@@ -214,6 +214,10 @@ BREAKS = {
         "return divergence + 0.5 * value",
         "return divergence - 0.5 * value",
     ),
+    "generative_models/flow_matching": (
+        "return y, (log_scale * ~mask).sum(dim=1)",
+        "return y, (log_scale * mask).sum(dim=1)",
+    ),
 }
 
 # Kernels that stand on another page than the definition beside them.

@@ -324,9 +324,7 @@ def conditional_flow_matching_loss(
     return (velocity(x_t, t) - target).square().sum(dim=1)  # (eq:flow-matching-cfm)
 
 
-def minibatch_coupling(
-    x_0: Float[Tensor, "N D"], noise: Float[Tensor, "N D"]
-) -> Int[Tensor, " N"]:
+def minibatch_coupling(x_0: Float[Tensor, "N D"], noise: Float[Tensor, "N D"]) -> Int[Tensor, " N"]:
     r"""Pair data and noise of one batch so that the squared distances sum to the least.
 
     $$
