@@ -3,6 +3,7 @@
 Run in the development environment, `python requirements/lock.py`, after changing a dependency in
 `pyproject.toml`. It asks pip what the extras resolve to (torch pinned, so that no other build is
 pulled in) and the configured indexes for the hashes, so that the lock serves other platforms too.
+What is locked stays at its version; `--upgrade` takes the newest of everything.
 """
 
 import hashlib
@@ -24,10 +25,13 @@ CUDA = re.compile(
     r"linux.*x86_64"
 )  # PyPI's torch for Linux is the CUDA build; the lock is for the CPU's
 NOT_LOCKED = {"pip", "setuptools", "wheel"}
+# Only tests read these, and of them only modules that need torch and POT; what they name as
+# dependencies (lightning, torchdyn, notebooks) is not installed.
+WITHOUT_DEPENDENCIES = ["flow_matching", "torchcfm"]
 
 
 def resolve(
-    requirements: list[str], constraints: dict[str, str]
+    requirements: list[str], constraints: dict[str, str], *flags: str
 ) -> dict[str, tuple[str, set[str]]]:
     """Return version and known hashes of everything that the requirements need."""
     pins = "".join(f"{name}=={version}\n" for name, version in constraints.items())
@@ -35,7 +39,7 @@ def resolve(
     file.write_text(pins or TORCH + "\n", encoding="utf-8")
     try:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-"]
-        command += ["--ignore-installed", "--constraint", str(file), *requirements]
+        command += ["--ignore-installed", "--constraint", str(file), *flags, *requirements]
         report = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     finally:
         file.unlink()
@@ -92,12 +96,19 @@ def write(file: Path, found: dict[str, tuple[str, set[str]]]) -> None:
     file.write_text("".join(lines), encoding="utf-8")
 
 
+def locked(file: Path) -> dict[str, str]:
+    """Return the versions that a lock file names."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return dict(re.findall(r"^([\w.-]+)==([^ ;\\]+)", text, flags=re.MULTILINE))
+
+
 def main() -> None:
     """Lock everything, then the subset that only shows the site."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     every = [*project["dependencies"], *(r for extra in extras.values() for r in extra)]
-    found = resolve([TORCH, *every], {})
+    held = {} if "--upgrade" in sys.argv[1:] else locked(HERE / "dev.lock")
+    found = resolve([TORCH, *every], held) | resolve(WITHOUT_DEPENDENCIES, held, "--no-deps")
     write(HERE / "dev.lock", found)
     versions = {name: version for name, (version, _) in found.items()}
     names = resolve(extras["docs"], versions)
