@@ -21,6 +21,7 @@ from zhizhi.generative_models.flow_matching import (
 )
 from zhizhi.generative_models.gaussian_mixture import GaussianMixture
 from zhizhi.generative_models.ode_solver import euler, rk4
+from zhizhi.generative_models.paths import linear_sde, straight_path
 from zhizhi.generative_models.prediction import Path, convert
 
 MIXTURE = GaussianMixture(
@@ -190,6 +191,7 @@ def test_the_path_is_that_of_the_paper_in_reversed_time():
         assert_exact(conditional_velocity(x, x_1, path), -theirs)
     zero = torch.zeros((), dtype=torch.float64)
     assert optimal_transport_path(zero, sigma_min=0.1).b == 0.1
+    assert optimal_transport_path(zero) == straight_path(zero)
     assert optimal_transport_path(zero).b == 0
 
 
@@ -279,8 +281,7 @@ def test_every_gaussian_path_has_the_velocity_of_its_probability_flow(path_of):
     """(eq:flow-matching-drift) and (eq:flow-matching-weight)"""
     path, x = path_of(torch.tensor(0.35, dtype=torch.float64)), normal(20, 2)
     u = gaussian_mixture.velocity(MIXTURE, x, **path._asdict())
-    f = path.d_a / path.a
-    g_squared = 2 * path.b * path.d_b - 2 * f * path.b**2
+    f, g_squared = linear_sde(path)
     score = gaussian_mixture.score(MIXTURE, x, a=path.a, b=path.b)
     assert_exact(u, f * x - g_squared / 2 * score)
 
@@ -300,15 +301,15 @@ def test_an_euler_step_is_a_ddim_step_on_the_straight_path_only():
         def field(x, t, path_of=path_of):
             return gaussian_mixture.velocity(MIXTURE, x, **path_of(t)._asdict())
 
-        here, there = path_of(t), path_of(s)
-        size_t, size_s = here.a**2 + here.b**2, there.a**2 + there.b**2
-        noise = gaussian_mixture.predict_noise(MIXTURE, x, a=here.a, b=here.b)
-        wanted = size_s.sqrt() * ddim_step(
-            x / size_t.sqrt(), noise,
-            alpha_bar_t=here.a**2 / size_t, alpha_bar_s=there.a**2 / size_s,
-        )  # fmt: skip
+        (a_t, b_t, *_), (a_s, b_s, *_) = path_of(t), path_of(s)
+        noise = gaussian_mixture.predict_noise(MIXTURE, x, a=a_t, b=b_t)
+        data = gaussian_mixture.denoise(MIXTURE, x, a=a_t, b=b_t)
+        shares = [torch.as_tensor(a**2 / (a**2 + b**2)) for a, b in ((a_t, b_t), (a_s, b_s))]
+        size_t, size_s = (a_t**2 + b_t**2) ** 0.5, (a_s**2 + b_s**2) ** 0.5
+        step = ddim_step(x / size_t, noise, alpha_bar_t=shares[0], alpha_bar_s=shares[1])
+        assert_exact(size_s * step, a_s * data + b_s * noise)
         found = euler(field, x, torch.stack([t, s]))[-1]
-        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-10) == same
+        assert torch.allclose(found, size_s * step, rtol=1e-10, atol=1e-10) == same
 
 
 def test_reversed_time_is_minus_the_velocity():
