@@ -131,9 +131,29 @@ BREAKS = {
         "(h f w g) D -> (h w) (f g D)",
         "(h w f g) D -> (h w) (f g D)",
     ),
+    "generative_models/score_sde": (
+        "0.5 * (1 + lam**2) * g_squared * score",
+        "0.5 * (1 - lam**2) * g_squared * score",
+    ),
+    "generative_models/vae_elbo": (
+        "return fitted - spread - beta * kl",
+        "return fitted + spread - beta * kl",
+    ),
+    "generative_models/autoencoder": (
+        "mean.square() + log_variance.exp() - 1 - log_variance",
+        "mean.square() + log_variance.exp() - 1 + log_variance",
+    ),
     "generative_models/ddim": (
         "data = (x_t - (1 - alpha_bar_t).sqrt() * noise_hat)",
         "data = (x_t + (1 - alpha_bar_t).sqrt() * noise_hat)",
+    ),
+    "generative_models/guidance": (
+        "return noise_hat - scale * b * gradient",
+        "return noise_hat + scale * b * gradient",
+    ),
+    "generative_models/edm": (
+        "return (x - denoise(x, sigma.to(x).expand(len(x)))) / sigma",
+        "return (x - denoise(x, sigma.to(x).expand(len(x)))) * sigma",
     ),
     "large_models/deepseek_r1": (
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
@@ -210,6 +230,26 @@ BREAKS = {
         "(x_t - _as(shift, x_t) * noise_hat)",
         "(x_t + _as(shift, x_t) * noise_hat)",
     ),
+    "generative_models/unet": (
+        "torch.cat([angle.cos(), angle.sin()], dim=-1)",
+        "torch.cat([angle.cos(), angle.cos()], dim=-1)",
+    ),
+    "generative_models/dit": (
+        "nn.init.zeros_(self.condition.weight)",
+        "nn.init.ones_(self.condition.weight)",
+    ),
+    "generative_models/rectified_flow": (
+        "velocity(x_t, t) - (noise - x_0)",
+        "velocity(x_t, t) - (x_0 - noise)",
+    ),
+    "generative_models/sd3": (
+        "return alpha * t / (1 + (alpha - 1) * t)",
+        "return alpha * t / (1 + (alpha + 1) * t)",
+    ),
+    "generative_models/mmdit": (
+        "h = x + gate_1[:, None] * self.joint.back(o)",
+        "h = x - gate_1[:, None] * self.joint.back(o)",
+    ),
     "generative_models/score_matching": (
         "return divergence + 0.5 * value",
         "return divergence - 0.5 * value",
@@ -217,16 +257,28 @@ BREAKS = {
     "generative_models/flow_matching": (
         "return y, (log_scale * ~mask).sum(dim=1)",
         "return y, (log_scale * mask).sum(dim=1)",
+    "generative_models/probability_flow_ode": (
+        "* x - 0.5 * g_squared[..., None] * score",
+        "* x + 0.5 * g_squared[..., None] * score",
+    ),
+    "generative_models/dpm_solver": (
+        "phi_2 * (d_1 + r_0 * bend)",
+        "phi_2 * (d_1 - r_0 * bend)",
     ),
 }
 
-# Kernels that stand on another page than the definition beside them.
+# Rooms that stand on a page of another name.
 ELSEWHERE = {
+    "generative_models/unet": "generative-models/unet-and-dit.md",
+    "generative_models/dit": "generative-models/unet-and-dit.md",
+    "generative_models/mmdit": "generative-models/sd3.md",
+    "generative_models/autoencoder": "generative-models/vae-elbo.md",
     "large_models/fp8": "large-models/deepseek-v3.md",
     "large_models/pipeline": "large-models/deepseek-v3.md",
     "large_models/nf4": "large-models/lora.md",
     "large_models/lr_schedule": "large-models/llama.md",
     "large_models/generation": "large-models/transformer-decoder.md",
+    "generative_models/dpm_solver": "generative-models/probability-flow-ode.md",
     "deep_learning/adamw_triton": "python/triton-first-kernel.md",
     "deep_learning/softmax_cross_entropy_triton": "python/triton-first-kernel.md",
 }
@@ -253,10 +305,10 @@ def test_a_wrong_sign_turns_the_page_red(broken: str) -> None:
     servers = Servers(site)
     try:
         run = open_page(site, page, servers)
-        failures = [check_block(run, block) for block in run.blocks]
+        red = any(check_block(run, block) for block in run.blocks)  # to the first that fails
     finally:
         servers.close()
-    assert any(failures)
+    assert red
 
 
 @pytest.mark.slow

@@ -96,11 +96,51 @@
     }
   }
 
-  if (window.document$) {
-    window.document$.subscribe(prepare); // once now, and after each instant navigation
-  } else if (document.readyState === "loading") {
-    document.addEventListener("DOMContentLoaded", prepare);
-  } else {
+  /** Films play by their own style sheet, once; here: when they come into view, and again on demand. */
+  const still = matchMedia("(prefers-reduced-motion: reduce)");
+  let plays = 0;
+
+  function play(film) {
+    for (const image of film.querySelectorAll("img")) {
+      image.dataset.mdproofSrc ??= image.getAttribute("src");
+      // Another address is another document, whose clock begins anew.
+      if (image.checkVisibility()) image.src = `${image.dataset.mdproofSrc}?play=${++plays}`;
+    }
+  }
+
+  const seen = new IntersectionObserver(
+    (entries) => {
+      for (const { isIntersecting, target } of entries) {
+        if (!isIntersecting) continue;
+        seen.unobserve(target);
+        if (!still.matches) play(target);
+      }
+    },
+    { threshold: 0.6 },
+  );
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.(".mdproof-replay");
+    if (button) play(button.closest(".mdproof-film"));
+  });
+
+  function projector() {
+    for (const film of document.querySelectorAll(".mdproof-film")) {
+      film.querySelector(".mdproof-replay").hidden = still.matches;
+      seen.observe(film);
+    }
+  }
+
+  function ready() {
     prepare();
+    projector();
+  }
+
+  if (window.document$) {
+    window.document$.subscribe(ready); // once now, and after each instant navigation
+  } else if (document.readyState === "loading") {
+    document.addEventListener("DOMContentLoaded", ready);
+  } else {
+    ready();
   }
 })();

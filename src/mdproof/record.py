@@ -199,9 +199,10 @@ def _new_record(
         for theme in figures.THEMES:
             drawings[f"{name}.{theme}.svg"] = text = figures.themed(out["svg"], theme)
             hashes[theme] = hashlib.sha256(text.encode()).hexdigest()[:32]
-        outputs.append(
-            {"type": "figure", "name": name, "width": width, "height": height, "sha256": hashes}
-        )
+        record = {"type": "figure", "name": name, "width": width, "height": height}
+        if figures.count(out["svg"]) > 1:
+            record["frames"] = figures.count(out["svg"])
+        outputs.append(record | {"sha256": hashes})
     libraries = libraries_of(run, block, ran)
     key = block_key(
         run.site,

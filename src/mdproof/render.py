@@ -191,14 +191,29 @@ def _outputs(
             size = f'width="{out["width"]}" height="{out["height"]}"'
             alt = html.escape(block.options.alt, quote=True)
             images = "".join(
-                f'<img class="mdproof-{theme}" src="{html.escape(figure(file))}" '
+                _still(source, bool(out.get("frames")))
+                + f'<img class="mdproof-{theme}" src="{source}" '
                 f'alt="{alt}" {size} loading="lazy" decoding="async">'
+                + ("</picture>" if out.get("frames") else "")
                 for theme in ("light", "dark")
-                for file in [f"{out['name']}.{theme}.svg"]
+                for source in [html.escape(figure(f"{out['name']}.{theme}.svg"))]
             )
             below = f"<figcaption>{caption}</figcaption>" if caption else ""
-            parts.append(f'<figure class="mdproof-figure">{images}{below}</figure>')
+            kind = "mdproof-figure"
+            if out.get("frames"):  # the script plays it when it is seen, and again on demand
+                again = html.escape(words["replay"])
+                images += f'<button type="button" class="mdproof-replay" hidden>{again}</button>'
+                kind += " mdproof-film"
+            parts.append(f'<figure class="{kind}">{images}{below}</figure>')
     return "".join(parts)
+
+
+def _still(source: str, film: bool) -> str:
+    """Return what stands before the image of a film: its last frame, for less motion."""
+    if not film:
+        return ""
+    less = "(prefers-reduced-motion: reduce)"
+    return f'<picture><source media="{less}" srcset="{source}#still">'
 
 
 def _outdated(record: Mapping[str, Any], words: Mapping[str, str], old: Mapping[str, str]) -> str:

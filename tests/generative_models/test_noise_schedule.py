@@ -10,6 +10,7 @@ from zhizhi.generative_models.noise_schedule import (
     alpha_bar,
     cosine_beta,
     linear_beta,
+    min_snr_weight,
     scaled_linear_beta,
     snr,
     zero_terminal_snr,
@@ -137,3 +138,14 @@ def test_zero_terminal_snr_refuses_a_single_step():
     message = r"^beta has 1 steps: the first and the last must differ, T >= 2\.$"
     with pytest.raises(ValueError, match=message):
         zero_terminal_snr(torch.tensor([0.5]))
+
+
+def test_min_snr_weight_caps_the_weight_of_the_data():
+    ratios = torch.tensor([0.01, 1.0, 4.9, 5.1, 1000.0], dtype=torch.float64)
+    assert_exact(
+        min_snr_weight(ratios) * ratios,
+        torch.tensor([0.01, 1.0, 4.9, 5.0, 5.0], dtype=torch.float64),
+    )
+    assert_exact(min_snr_weight(ratios, gamma=1.0) * ratios, ratios.clamp(max=1.0))
+    with pytest.raises(ValueError, match=r"gamma is 0\.0"):
+        min_snr_weight(ratios, gamma=0.0)

@@ -5,7 +5,14 @@ import torch
 from tests.closeness import assert_exact
 
 from zhizhi.generative_models.noise_schedule import alpha_bar, linear_beta
-from zhizhi.generative_models.paths import linear_sde, straight_path, sub_vp_path, ve_path, vp_path
+from zhizhi.generative_models.paths import (
+    linear_sde,
+    log_snr,
+    straight_path,
+    sub_vp_path,
+    ve_path,
+    vp_path,
+)
 from zhizhi.generative_models.prediction import Path
 
 PATHS = {"vp": vp_path, "sub-vp": sub_vp_path, "ve": ve_path, "straight": straight_path}
@@ -106,3 +113,14 @@ def test_refusals():
         linear_sde(Path(t, t))
     with pytest.raises(ValueError, match=r"smallest g\^2 is -.*must not grow"):
         linear_sde(Path(t, t, torch.tensor(1.0), torch.tensor(-1.0)))
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_log_snr_falls_and_its_slope_is_the_noise_of_the_sde(path):
+    t = TIMES.clone().requires_grad_()
+    at = path(t)
+    slope = torch.autograd.grad(log_snr(at).sum(), t)[0]
+    assert (slope < 0).all()
+    g_squared = linear_sde(path(TIMES))[1]
+    assert_exact(g_squared, -(at.b.detach() ** 2) * slope)
+    assert_exact(log_snr(at).detach(), (at.a**2 / at.b**2).log().detach())

@@ -8,6 +8,7 @@ from zhizhi.generative_models.prediction import (
     KINDS,
     Path,
     convert,
+    error_weight,
     from_noise,
     to_data,
     to_noise,
@@ -134,3 +135,18 @@ def test_other_names_and_missing_speeds_are_refused():
     for names in ({"source": "data", "target": "velocity"}, {"source": "velocity", "target": "v"}):
         with pytest.raises(ValueError, match="the velocity needs d_a and d_b of the path"):
             convert(x, x, Path(0.6, 0.8), **names)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_of_all_kinds_are_one_error(path, kind):
+    x_t, data, guess = normal(50), normal(50, seed=1), normal(50, seed=2)
+    true, wrong = (convert(d, x_t, path, source="data", target=kind) for d in (data, guess))
+    assert_exact((wrong - true).square(), error_weight(path, kind=kind) * (guess - data).square())
+
+
+def test_error_weight_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="kind is 'eps'"):
+        error_weight(Path(0.6, 0.8), kind="eps")
+    with pytest.raises(ValueError, match="needs d_a and d_b"):
+        error_weight(Path(0.6, 0.8), kind="velocity")

@@ -1,11 +1,13 @@
 """Blocks run in order in one real module; what a block does wrong is told with file and line."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from tests.mdproof.conftest import Sample
@@ -213,3 +215,47 @@ def test_an_output_that_depends_on_the_order_of_a_set_is_no_proof(sample: Sample
     assert failures[1].message.startswith("the runnable copy prints ")
     assert sample.prove(fences(f"print({{*{names!r}}})")).failures == {}  # a set has none
     assert sample.prove(fences(f"print(sorted({{*{names!r}}}))")).failures == {}
+
+
+FILM = fences(
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import FuncAnimation
+
+    fig, ax = plt.subplots(figsize=(2, 1))
+    (dot,) = ax.plot([0], [0], "o")
+    ax.set(xlim=(0, 3), ylim=(-1, 1), xlabel="place")
+    film = FuncAnimation(fig, lambda i: dot.set_xdata([i]), frames=4, interval=250)
+    """,
+    alt="a dot that moves from left to right",
+)
+
+
+def test_an_animation_is_one_drawing_of_all_its_frames(sample: Sample) -> None:
+    assert sample.prove(FILM).failures == {}
+    (out,) = records(sample)[0]["outputs"]
+    assert (out["frames"], out["width"], out["height"]) == (4, 192, 96)
+    for theme in ("light", "dark"):
+        text = (sample.root / f"docs/proofs/page/1-1.{theme}.svg").read_text(encoding="utf-8")
+        root = ElementTree.fromstring(text)
+        frames = [group for group in root if group.get("class") == "frame"]
+        delays = [frame.get("style") for frame in frames]
+        assert delays == [*(f"animation-delay:{d}s" for d in ("0", "0.25", "0.5")), None]
+        places = [
+            next(u.get("x") for u in frame.iterfind(".//{*}use") if "3b82f6" in u.get("style", ""))
+            for frame in frames
+        ]
+        assert [float(x) for x in places] == sorted(float(x) for x in places)
+        glyphs = re.findall(r'<path id="(DejaVu[^"]*)"', text)
+        assert sorted(set(glyphs)) == sorted(glyphs)  # each is defined once
+        assert "prefers-reduced-motion" in text
+    run = sample.open()
+    assert check_block(run, run.blocks[0]) is None
+
+
+def test_an_animation_that_moves_otherwise_is_another_figure(sample: Sample) -> None:
+    sample.prove(FILM)
+    sample.write(FILM.replace("[i]", "[i / 2]"))
+    run = sample.open()
+    assert "figure" in str(check_block(run, run.blocks[0]))
+

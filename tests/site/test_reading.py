@@ -129,6 +129,35 @@ def test_a_figure_has_one_version_for_light_and_one_for_dark(
         assert page.locator(f".mdproof-figure .mdproof-{other}").first.is_hidden()
 
 
+def test_a_film_plays_when_it_is_seen_again_on_demand_and_never_for_less_motion(
+    open_page: Open, built: Path, paths: list[str]
+) -> None:
+    pages = [path for path in paths if "mdproof-film" in (built / path / "index.html").read_text()]
+    assert pages, "no page has a film"
+    page = open_page(pages[0])
+    film = page.locator(".mdproof-film").first
+    image = film.locator("img:visible")
+    film.scroll_into_view_if_needed()
+    page.wait_for_function("document.querySelector('.mdproof-film img[src*=\"?play=\"]')")
+    address = image.get_attribute("src")
+    page.wait_for_function("(node) => node.complete && node.naturalWidth", arg=image.element_handle())
+    early = image.screenshot()
+    page.wait_for_timeout(2500)
+    assert image.screenshot() != early, "the film stands still"
+    film.get_by_role("button").click()
+    assert image.get_attribute("src") != address
+    still = open_page(pages[0], reduced_motion="reduce")
+    film = still.locator(".mdproof-film").first
+    film.scroll_into_view_if_needed()
+    assert film.get_by_role("button").count() == 0, "a button that does nothing"
+    image = film.locator("img:visible")
+    still.wait_for_function("(node) => node.complete", arg=image.element_handle())
+    assert image.evaluate("node => node.currentSrc").endswith("#still")
+    early = image.screenshot()
+    still.wait_for_timeout(1500)
+    assert image.screenshot() == early, "the film moves"
+
+
 def test_every_picture_says_what_it_shows(built: Path, paths: list[str]) -> None:
     for path in paths:
         text = (built / path / "index.html").read_text(encoding="utf-8")

@@ -172,6 +172,38 @@ def snr(alpha_bar: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     return alpha_bar / (1 - alpha_bar)  # (eq:noise-snr)
 
 
+def min_snr_weight(snr: Float[Tensor, " n"], *, gamma: float = 5.0) -> Float[Tensor, " n"]:
+    r"""Return the weight of the squared error of the noise that keeps small t from dominating.
+
+    $$
+    w = \frac{\min(\operatorname{SNR}, \gamma)}{\operatorname{SNR}}
+    $$
+
+    In terms of the data the weight is min(SNR, gamma); `prediction.error_weight` turns it into the
+    weight of any other prediction.
+
+    Args:
+        snr: Signal-to-noise ratios, above 0.
+        gamma: Ratio above which the data count alike.
+
+    Returns:
+        Weights between 0 and 1.
+
+    Raises:
+        ValueError: If `gamma` is not positive.
+
+    Example:
+        >>> min_snr_weight(torch.tensor([50.0, 5.0, 0.1]))
+        tensor([0.1000, 1.0000, 1.0000])
+
+    Reference:
+        Hang et al. (2023), arXiv:2303.09556, Sec. 3.4, with gamma = 5.
+    """
+    if gamma <= 0:
+        raise ValueError(f"gamma is {gamma}: gamma > 0.")
+    return (gamma / snr).clamp(max=1)  # (eq:noise-min-snr)
+
+
 def zero_terminal_snr(beta: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:
     r"""Shift and scale a schedule so that nothing of the signal is left at t = T.
 

@@ -139,6 +139,29 @@ def straight_path(t: Float[Tensor, "*times"]) -> Path:
     return Path(1 - t, t, -one, one)
 
 
+def log_snr(path: Path) -> Tensor:
+    r"""Return the one number that tells how hard a time of any path is.
+
+    $$
+    \lambda = \log\frac{a^2}{b^2}
+    $$
+
+    Args:
+        path: Coefficients as tensors.
+
+    Returns:
+        Infinite at pure data, minus infinite at pure noise. DPM-Solver's lambda is half of it.
+
+    Example:
+        >>> log_snr(straight_path(torch.tensor([0.0, 0.5, 1.0])))
+        tensor([inf, 0., -inf])
+
+    Reference:
+        Kingma et al. (2021), arXiv:2107.00630, Eq. (2), for data of unit variance.
+    """
+    return 2 * (torch.as_tensor(path.a).log() - torch.as_tensor(path.b).log())
+
+
 def linear_sde(path: Path) -> tuple[Tensor, Tensor]:
     r"""Return the SDE dx = f x dt + g dw whose conditional law at each time is the path's.
 
@@ -154,7 +177,8 @@ def linear_sde(path: Path) -> tuple[Tensor, Tensor]:
         path: Coefficients and derivatives as tensors.
 
     Returns:
-        f and g squared; f is not finite where a is 0, as at the end of the straight path.
+        f and g squared; not finite where a is 0, as at the end of the straight path, and g
+        squared not a number where b is 0 and its derivative infinite, as at t = 0 of `vp_path`.
 
     Raises:
         ValueError: If the path has no derivatives, or its signal-to-noise ratio grows.

@@ -207,6 +207,51 @@ def convert(
     raise ValueError(f"kind is {target!r}: {', '.join(KINDS)}.")
 
 
+def error_weight(path: Path, *, kind: str) -> Coefficient:
+    r"""Return how much a squared error counts when the network predicts another kind than data.
+
+    With x_t fixed, an error of the data is an error of every other kind, times a factor:
+
+    $$
+    \|\hat\epsilon - \epsilon\|^2 = \frac{a^2}{b^2}\|\hat x_0 - x_0\|^2, \qquad
+    \|\hat v - v\|^2 = \frac{(a^2 + b^2)^2}{b^2}\|\cdot\|^2, \qquad
+    \|\hat u - u\|^2 = \frac{(a\dot b - \dot a b)^2}{b^2}\|\cdot\|^2
+    $$
+
+    Args:
+        path: a and b, and for "velocity" their derivatives.
+        kind: As in `to_noise`.
+
+    Returns:
+        Squared error of that kind over the squared error of the data; the signal-to-noise ratio
+        for "noise".
+
+    Raises:
+        ValueError: If the kind has another name, or the derivatives are missing.
+
+    Example:
+        >>> path = Path(0.6, 0.8)
+        >>> round(error_weight(path, kind="noise"), 4), round(error_weight(path, kind="v"), 4)
+        (0.5625, 1.5625)
+
+    Reference:
+        Salimans & Ho (2022), arXiv:2202.00512, Sec. 4.
+    """
+    a, b = path.a, path.b
+    if kind == "data":
+        return 1.0
+    if kind == "noise":
+        return (a / b) ** 2
+    if kind == "score":
+        return (a / b**2) ** 2
+    if kind == "v":
+        return ((a**2 + b**2) / b) ** 2
+    if kind == "velocity":
+        d_a, d_b = _speeds(path)
+        return ((a * d_b - d_a * b) / b) ** 2  # (eq:noise-error)
+    raise ValueError(f"kind is {kind!r}: {', '.join(KINDS)}.")
+
+
 KINDS = ("noise", "data", "v", "score", "velocity")
 
 
