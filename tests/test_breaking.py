@@ -262,6 +262,10 @@ BREAKS = {
         "return divergence + 0.5 * value",
         "return divergence - 0.5 * value",
     ),
+    "generative_models/flow_matching": (
+        "return y, (log_scale * ~mask).sum(dim=1)",
+        "return y, (log_scale * mask).sum(dim=1)",
+    ),
     "generative_models/probability_flow_ode": (
         "* x - 0.5 * g_squared[..., None] * score",
         "* x + 0.5 * g_squared[..., None] * score",
