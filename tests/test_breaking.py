@@ -151,6 +151,10 @@ BREAKS = {
         "return noise_hat - scale * b * gradient",
         "return noise_hat + scale * b * gradient",
     ),
+    "generative_models/edm": (
+        "return (x - denoise(x, sigma.to(x).expand(len(x)))) / sigma",
+        "return (x - denoise(x, sigma.to(x).expand(len(x)))) * sigma",
+    ),
     "large_models/deepseek_r1": (
         "return 1 - math.comb(n - c, k) / math.comb(n, k)",
         "return math.comb(n - c, k) / math.comb(n, k)",
