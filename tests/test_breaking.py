@@ -238,6 +238,10 @@ BREAKS = {
         "nn.init.zeros_(self.condition.weight)",
         "nn.init.ones_(self.condition.weight)",
     ),
+    "generative_models/controlnet": (
+        "parameter.detach().zero_()",
+        "parameter.detach().normal_()",
+    ),
     "generative_models/rectified_flow": (
         "velocity(x_t, t) - (noise - x_0)",
         "velocity(x_t, t) - (x_0 - noise)",
