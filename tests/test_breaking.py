@@ -239,8 +239,8 @@ BREAKS = {
         "nn.init.ones_(self.condition.weight)",
     ),
     "generative_models/controlnet": (
-        "parameter.detach().zero_()",
-        "parameter.detach().normal_()",
+        "parameter.zero_()",
+        "parameter.normal_()",
     ),
     "generative_models/rectified_flow": (
         "velocity(x_t, t) - (noise - x_0)",

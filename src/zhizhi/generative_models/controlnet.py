@@ -37,8 +37,9 @@ def zero_module(module: Module) -> Module:
     Reference:
         Zhang, Rao & Agrawala (2023), arXiv:2302.05543, Sec. 3.1.
     """
-    for parameter in module.parameters():
-        parameter.detach().zero_()  # (eq:controlnet-zero)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()  # (eq:controlnet-zero)
     return module
 
 
@@ -119,8 +120,9 @@ class ControlNet(nn.Module):
         self.hint = HintNet(self.encoder.width, d_in=d_condition, widths=hint_widths)
         kept = [self.encoder.width]
         for level, stages in enumerate(self.encoder.stages):
-            kept += [stage.res.conv_2.out_channels for stage in stages]
-            kept += [down.out_channels for down in self.encoder.downs[level : level + 1]]
+            kept += [len(stage.get_parameter("res.conv_2.weight")) for stage in stages.children()]
+            downs = self.encoder.downs[level : level + 1]  # one, or none behind the last
+            kept += [len(down.get_parameter("weight")) for down in downs.children()]
         kept.append(self.encoder.middle_res.conv_2.out_channels)
         self.zero_convs = nn.ModuleList(zero_module(nn.Conv2d(d, d, 1)) for d in kept)
 
