@@ -246,6 +246,10 @@ BREAKS = {
         "scaled_dot_product_attention(q, k, v, is_causal=True)",
         "scaled_dot_product_attention(q, k, v, is_causal=False)",
     ),
+    "generative_models/controlnet": (
+        "parameter.zero_()",
+        "parameter.normal_()",
+    ),
     "generative_models/rectified_flow": (
         "velocity(x_t, t) - (noise - x_0)",
         "velocity(x_t, t) - (x_0 - noise)",
