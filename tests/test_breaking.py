@@ -286,7 +286,6 @@ ELSEWHERE = {
     "generative_models/dit": "generative-models/unet-and-dit.md",
     "generative_models/mmdit": "generative-models/sd3.md",
     "generative_models/autoencoder": "generative-models/vae-elbo.md",
-    "generative_models/autoencoder": "generative-models/vae-elbo.md",
     "generative_models/stable_diffusion_parts": "generative-models/stable-diffusion.md",
     "large_models/fp8": "large-models/deepseek-v3.md",
     "large_models/pipeline": "large-models/deepseek-v3.md",
