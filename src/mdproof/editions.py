@@ -6,7 +6,9 @@ When the site is built it writes
 - beside each article's HTML its Markdown, `index.md`: what the author wrote, with the code of
   source fences in place, and behind each block its recorded output, how it was verified, and the
   hash of its runnable copy;
-- `snippets.json`: every block of the articles with its runnable copy, outputs and verification.
+- beside it the article as a script and as a notebook, `<room>.py` and `<room>.ipynb`;
+- `snippets.json`: every block of the articles with its runnable copy, outputs and verification;
+- `atom.xml` and `rss.xml`: the newest articles.
 """
 
 import json
@@ -23,6 +25,8 @@ from mdproof.article import Article, read_article
 from mdproof.block import Block, excuses
 from mdproof.collect import collect, make_pipeline, read_page
 from mdproof.copy import recorded_copy, stale_reasons
+from mdproof.downloads import notebook, script
+from mdproof.feeds import atom, rss
 from mdproof.overview import nav_title, reading_order
 from mdproof.proof import load_proof
 from mdproof.site import Site, load_site
@@ -148,13 +152,37 @@ def markdown(
         if block.kind == "source" and end > start:
             own = _fenced(snippet["shown"], "python", indented)
         lines[start : end + 1] = [*own, *_behind(snippet, base, indented)]
+    return _absolute("\n".join(lines), article, base)
+
+
+def _absolute(text: str, article: Article, base: str) -> str:
+    """Give the links to other pages their whole address."""
     folder = article.page.rpartition("/")[0]
 
-    def absolute(link: re.Match[str]) -> str:
+    def whole(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, link["page"] + ".md"))
         return base + address(target) + (link["anchor"] or "")
 
-    return _LINK.sub(absolute, "\n".join(lines))
+    return _LINK.sub(whole, text)
+
+
+def _take_along(
+    site: Site,
+    article: Article,
+    base: str,
+    blocks: Sequence[Block],
+    found: Sequence[dict[str, Any]],
+    place: Path,
+) -> None:
+    """Write an article's script and notebook."""
+    url, name = base + address(article.page), article.room.rpartition("/")[2]
+    lines = read_page(site, article.page).split("\n")
+    spans = [(block.line - 1, _end(lines, block.line - 1)) for block in blocks]
+    (place / f"{name}.py").write_text(script(article, blocks, url), encoding="utf-8")
+    text = notebook(
+        site, article, blocks, found, spans, lambda text: _absolute(text, article, base), url
+    )
+    (place / f"{name}.ipynb").write_text(text, encoding="utf-8")
 
 
 def write(site: Site, folder: Path, base: str) -> None:
@@ -170,6 +198,7 @@ def write(site: Site, folder: Path, base: str) -> None:
     listing = [f"# {mkdocs.get('site_name', '')}", "", f"> {mkdocs.get('site_description', '')}"]
     md = make_pipeline(site)
     every: list[dict[str, Any]] = []
+    dated: list[tuple[Article, str]] = []
     for wing in site.articles:
         try:
             pages = reading_order(site, wing)
@@ -185,8 +214,12 @@ def write(site: Site, folder: Path, base: str) -> None:
             place.mkdir(parents=True, exist_ok=True)
             text = markdown(site, article, base, blocks, found)
             (place / "index.md").write_text(text, encoding="utf-8")
+            _take_along(site, article, base, blocks, found, place)
+            dated.append((article, base + address(page)))
             link = f"[{article.title}]({base}{address(page)}index.md)"
             listing.append(f"- {link}: {article.description}")
+    for name, feed in (("atom.xml", atom), ("rss.xml", rss)):
+        (folder / name).write_text(feed(site, dated, base), encoding="utf-8")
     (folder / "llms.txt").write_text("\n".join([*listing, ""]), encoding="utf-8")
     whole = {"schema": SCHEMA, "site": mkdocs.get("site_name", ""), "url": base, "snippets": every}
     text = json.dumps(whole, ensure_ascii=False, indent=1)
@@ -197,6 +230,6 @@ class EditionsPlugin(BasePlugin):
     """`plugins: [mdproof-editions]`: writes the editions when the site is built."""
 
     def on_post_build(self, *, config: MkDocsConfig) -> None:
-        """Write `llms.txt`, `snippets.json` and the Markdown of every article."""
+        """Write `llms.txt`, `snippets.json`, feeds, and each article to take along."""
         site = load_site(Path(config.config_file_path).parent)
         write(site, Path(config.site_dir), config.site_url or "/")

@@ -13,6 +13,7 @@ VISIBLE_TEXT = """() => {
   const hidden = "pre, code, script, style, svg, annotation, .mdproof-output, .mermaid";
   body.querySelectorAll(hidden).forEach((node) => node.remove());
   return document.title + "\\n" + document.querySelector(".md-sidebar--secondary")?.textContent
+    + document.querySelector(".md-nav--primary")?.textContent
     + body.textContent;
 }"""
 RAW_MATHS = re.compile(r"\$\$|\\\(|\\\[|\$[^$\n]*\\[a-zA-Z]+[^$\n]*\$|\\begin\{")
