@@ -6,7 +6,7 @@ When the site is built it writes
 - beside each article's HTML its Markdown, `index.md`: what the author wrote, with the code of
   source fences in place, and behind each block its recorded output, how it was verified, and the
   hash of its runnable copy;
-- beside it the article as a script and as a notebook, `<room>.py` and `<room>.ipynb`;
+- beside it the article as a script and as a notebook, `article.py` and `article.ipynb`;
 - `snippets.json`: every block of the articles with its runnable copy, outputs and verification;
 - `atom.xml` and `rss.xml`: the newest articles.
 """
@@ -175,14 +175,14 @@ def _take_along(
     place: Path,
 ) -> None:
     """Write an article's script and notebook."""
-    url, name = base + address(article.page), article.room.rpartition("/")[2]
+    url = base + address(article.page)
     lines = read_page(site, article.page).split("\n")
     spans = [(block.line - 1, _end(lines, block.line - 1)) for block in blocks]
-    (place / f"{name}.py").write_text(script(article, blocks, url), encoding="utf-8")
+    (place / "article.py").write_text(script(article, blocks, url), encoding="utf-8")
     text = notebook(
         site, article, blocks, found, spans, lambda text: _absolute(text, article, base), url
     )
-    (place / f"{name}.ipynb").write_text(text, encoding="utf-8")
+    (place / "article.ipynb").write_text(text, encoding="utf-8")
 
 
 def write(site: Site, folder: Path, base: str) -> None:

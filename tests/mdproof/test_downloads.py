@@ -43,7 +43,7 @@ def articles(site: Site) -> list[Article]:
 
 
 def file(folder: Path, article: Article, suffix: str) -> Path:
-    return folder / address(article.page) / f"{article.room.rpartition('/')[2]}{suffix}"
+    return folder / address(article.page) / f"article{suffix}"
 
 
 def notebook(folder: Path, article: Article) -> dict[str, Any]:
