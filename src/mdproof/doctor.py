@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mdproof.proof import ForgedError, canonical, load_proof, locked_versions, orphans
 from mdproof.site import Site
 from mdproof.standing import Standing
-from mdproof.status import read_standings
+from mdproof.standings import read_standings
 from mdproof.tables import table
 from mdproof.tools import ToolError, find_tool
 

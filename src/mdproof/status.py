@@ -6,21 +6,14 @@ import json
 from typing import Any
 
 from mdproof.article import read_article
-from mdproof.collect import make_pipeline
 from mdproof.errors import PageError
 from mdproof.proof import orphans
 from mdproof.site import Site
-from mdproof.standing import Standing, read_standing
+from mdproof.standing import Standing
+from mdproof.standings import read_standings
 from mdproof.tables import table
 
 _HEADING = ("page", "blocks", "state", "verified", "days", "seconds", "excuses")
-
-
-def read_standings(site: Site) -> list[Standing]:
-    """Return how every page with blocks stands, in the order of their paths."""
-    md = make_pipeline(site)
-    found = (read_standing(site, page, md) for page in site.pages())
-    return [standing for standing in found if standing is not None]
 
 
 def status(site: Site, *, as_json: bool = False, titles: bool = False) -> int:
