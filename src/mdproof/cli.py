@@ -1,6 +1,8 @@
 """The command line: prove pages, lint and format them, tell what is proven, begin an article."""
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -168,10 +170,18 @@ def _run(site: Site, given: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0 if all is well, 1 if something is wrong, 2 if not run."""
+    """Run the command line; return 0 if all is well, 1 if something is wrong, 2 if not run.
+
+    141 says that whoever read the output has gone; what was recorded until then is whole.
+    """
     given = _parser().parse_args(arguments)
     try:
-        return _run(load_site(), given)
+        code = _run(load_site(), given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        return 128 + signal.SIGPIPE
     except (FileNotFoundError, PageError, ToolError, ScaffoldError, AssetsError) as error:
         print(error, file=sys.stderr)
         return 2

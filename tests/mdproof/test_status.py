@@ -1,6 +1,8 @@
 """`mdproof status` says of every page what holds, how it was verified and what is excused."""
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -151,3 +153,16 @@ def test_every_option_that_takes_a_reason_is_an_excuse() -> None:
     assert others <= {"source", "tol", "raises", "alt", "caption", "timeout", "tensor_cores"}, (
         "is a new option an excuse? Then it belongs in EXCUSES; else name it here"
     )
+
+
+def test_a_reader_who_leaves_is_no_error(sample: Sample) -> None:
+    for n in range(60):
+        sample.write("```python\nprint(1)\n```\n", f"page-{n}-{'long' * 40}.md")
+    command = [sys.executable, "-m", "mdproof", "status"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=sample.root, **pipes) as run:
+        assert run.stdout is not None
+        run.stdout.close()
+        assert run.stderr is not None
+        said = run.stderr.read()
+        assert (run.wait(timeout=60), said) == (141, b"")
