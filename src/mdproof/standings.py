@@ -7,7 +7,6 @@ the site shows and what tests compare is worked out anew.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import sys
@@ -29,7 +28,7 @@ def read_standings(site: Site) -> list[Standing]:
     file = site.root / ".cache" / "mdproof" / "standings.json"
     setting = _setting(site)
     old = _read(file, setting)
-    pipeline = functools.cache(make_pipeline)
+    md = make_pipeline(site)  # also where there is nothing to read: it tells what cannot work
     found: list[Standing] = []
     kept: dict[str, dict[str, Any]] = {}
     stamps: dict[str, Stamp | None] = {}
@@ -42,7 +41,7 @@ def read_standings(site: Site) -> list[Standing]:
     for page in site.pages():
         entry = old.get(page)
         if entry is None or any(stamp(p) != tuple(s) for p, s in entry["files"].items()):
-            standing = read_standing(site, page, pipeline(site))
+            standing = read_standing(site, page, md)
             files = _files(site, page)
             entry = None
             if files is not None:

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tests.closeness import assert_float32
@@ -60,22 +65,64 @@ def test_it_denoises_images_it_has_not_seen_better_than_a_linear_filter():
             assert blind < linear
 
 
-def test_the_cached_network_is_the_trained_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("ZHIZHI_CACHE", str(tmp_path / "cache"))
-    calls = []
-
-    def short(*, n_steps, seed=0):
-        calls.append(n_steps)
-        return train_denoiser(n_steps=2, seed=seed)
-
-    monkeypatch.setattr(digits_denoiser, "train_denoiser", short)
-    first, second = trained_denoiser(), trained_denoiser()
-    assert calls == [1500]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+def test_what_is_kept_is_what_was_trained(tmp_path):
+    file = tmp_path / "cache" / "net.pt"
+    first = train_denoiser(n_steps=2, file=file)
+    assert [path.name for path in file.parent.iterdir()] == ["net.pt"]
+    second = train_denoiser(n_steps=5, file=file)  # read, not trained
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not b.requires_grad
     assert not second.training
+    other = train_denoiser(n_steps=5)
+    assert not torch.equal(other.head.weight, second.head.weight)
+
+
+def test_the_articles_network_lies_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZHIZHI_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    def short(*, n_steps, file):
+        asked.append(n_steps)
+        return train_denoiser(n_steps=1, file=file)
+
+    monkeypatch.setattr(digits_denoiser, "train_denoiser", short)
+    trained_denoiser()
+    trained_denoiser()
+    assert asked == [1500, 1500]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_both_ways_enter_the_same_functions(tmp_path, cached):
+    """A page's proof names them, and must not depend on who ran before."""
+    file = tmp_path / "net.pt"
+    if cached:
+        train_denoiser(n_steps=1, file=file)
+    ours = Path(digits_denoiser.__file__).parents[1]
+    script = f"""
+import sys
+from pathlib import Path
+
+from zhizhi.generative_models import digits_denoiser
+
+entered = set()
+sys.setprofile(
+    lambda frame, event, _: entered.add(frame.f_code.co_qualname)
+    if event == "call" and frame.f_code.co_filename.startswith({str(ours)!r})
+    else None
+)
+digits_denoiser.train_denoiser(n_steps=1, file=Path({str(file)!r}))
+sys.setprofile(None)
+print(sorted(name for name in entered if "<" not in name))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ours.parent)}
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert ran.stdout == (
+        "['DigitsDenoiser.__init__', 'DigitsDenoiser.forward', 'digit_images', 'digits_split', "
+        "'train_denoiser']\n"
+    )
 
 
 def test_training_repeats_itself_and_leaves_the_global_generator_alone():
