@@ -12,7 +12,6 @@ from zhizhi.generative_models.dpm_solver import (
     dpm_solver_pp_step,
     dpm_solver_sample,
     dpm_solver_step,
-    log_snr,
 )
 from zhizhi.generative_models.gaussian_mixture import GaussianMixture
 from zhizhi.generative_models.noise_schedule import alpha_bar, linear_beta
@@ -221,11 +220,6 @@ def test_orders_rise_at_the_start_and_fall_at_the_end_if_asked(order, lower):
         here = slice(i + 1 - K, i + 2)
         y = dpm_solver_pp_step(y, torch.stack(seen[-K:]), Path(path.a[here], path.b[here]))
         assert_exact(walked[i + 1], y)
-
-
-def test_lambda_is_half_the_log_of_the_signal_to_noise_ratio():
-    path = straight_path(torch.tensor([0.2, 0.7], dtype=torch.float64))
-    assert_exact(log_snr(path), 0.5 * (path.a**2 / path.b**2).log())
 
 
 def test_refusals():

@@ -16,33 +16,6 @@ from zhizhi.generative_models.prediction import Path
 Model = Callable[[Tensor, Path], Tensor]  # a prediction from x and the path's a and b there
 
 
-def log_snr(path: Path) -> Tensor:
-    r"""Return the time in which the solvers think.
-
-    $$
-    \lambda = \log\frac{a}{b}
-    $$
-
-    Half of the log of a^2 / b^2; infinite at the ends of a path that reaches them.
-
-    Args:
-        path: Coefficients as tensors.
-
-    Returns:
-        Lambda, in the shape of the coefficients.
-
-    Example:
-        >>> log_snr(Path(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([1.0, 0.5, 0.0])))
-        tensor([-inf, 0., inf])
-
-    Reference:
-        Lu et al. (2022), arXiv:2206.00927, Sec. 3.1; the same letter is twice this in
-        Esser et al. (2024), arXiv:2403.03206.
-    """
-    a, b = torch.as_tensor(path.a), torch.as_tensor(path.b)
-    return a.log() - b.log()
-
-
 def dpm_solver_step(
     x: Float[Tensor, "*batch"], noise_hat: Float[Tensor, "K *batch"], path: Path
 ) -> Float[Tensor, "*batch"]:
