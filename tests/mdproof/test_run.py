@@ -248,6 +248,11 @@ def test_an_animation_is_one_drawing_of_all_its_frames(sample: Sample) -> None:
         assert [float(x) for x in places] == sorted(float(x) for x in places)
         glyphs = re.findall(r'<path id="(DejaVu[^"]*)"', text)
         assert sorted(set(glyphs)) == sorted(glyphs)  # each is defined once
+        assert glyphs
+        meant = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+        assert meant <= set(re.findall(r'id="([^"]+)"', text))
+        # What is defined in a hidden frame is hidden, too: a clip there blanks every other frame.
+        assert all(frame.find(".//{*}defs") is None for frame in frames)
         assert "prefers-reduced-motion" in text
     run = sample.open()
     assert check_block(run, run.blocks[0]) is None
